@@ -1,0 +1,246 @@
+"""The datamodule that mixes replay rows into the new task's batches."""
+
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count
+from lightning_replay.buffer import ReplayBuffer, ReplayRows
+
+__all__ = ["ReplayDataModule"]
+
+Mode = Literal["append", "replace"]
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+_HOOKS = ("prepare_data", "on_before_batch_transfer", "transfer_batch_to_device")
+
+
+class ReplayDataModule(pl.LightningDataModule):
+    """Mixes rows from a replay buffer into the training batches of any datamodule or dataloader.
+
+    The wrapped loaders reach the Trainer untouched: samplers, workers, lengths, shuffling and mid-epoch resume are
+    theirs. Rows join the batch in the batch-transfer hook, in the main process, right before the step, so they are
+    never stale. Validation, test and predict batches are never touched. Where the buffer is empty and nothing fills
+    it, a batch stays as it is.
+
+    Attributes of the wrapped datamodule that this class doesn't have can be read through it.
+
+    Note:
+        Under :class:`~lightning_replay.SelfGeneratedReplay` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
+        travel with the model's forward instead of joining the batch, so that ``training_step`` and its own loss see
+        the new rows alone.
+
+    Args:
+        data: A datamodule, or the training dataloader itself.
+        replay_fraction: Share of replay rows in the mixed batch, in [0, 1), exact in the long run: what a batch owes
+            in fractions of a row is carried to the next.
+        mode: ``"append"`` keeps every new row and adds to them; ``"replace"`` keeps the batch size: the last
+            new rows give way, at least one stays.
+        buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
+            rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them.
+        padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
+            does, else on the right.
+        pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
+        to_batch: For batches of other kinds: a function of the batch of new rows and the :class:`ReplayRows`
+            (on the CPU) that returns the mixed batch.
+
+    Raises:
+        TypeError: If ``data`` is neither a datamodule nor iterable.
+        ValueError: If ``replay_fraction`` is outside [0, 1), or ``mode`` or ``padding_side`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(torch.randint(100, (64, 16)), batch_size=8)
+        >>> data = ReplayDataModule(loader, replay_fraction=0.2)  # 8 new rows and 2 replay rows a batch
+    """
+
+    def __init__(
+        self,
+        data: pl.LightningDataModule | Iterable[Any],
+        replay_fraction: float = 0.2,
+        mode: Mode = "append",
+        buffer: ReplayBuffer | None = None,
+        padding_side: PaddingSide | None = None,
+        pad_token_id: int | None = None,
+        to_batch: Callable[[Any, ReplayRows], Any] | None = None,
+    ) -> None:
+        if not 0 <= replay_fraction < 1:
+            raise ValueError(
+                f"`replay_fraction` is the share of replay rows in the mixed batch, from 0 to below 1; "
+                f"got {replay_fraction}."
+            )
+        if mode not in get_args(Mode):
+            raise ValueError(f"`mode` is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
+        if padding_side not in (None, *get_args(PaddingSide)):
+            raise ValueError(f"`padding_side` is 'left', 'right' or None; got {padding_side!r}.")
+        if not isinstance(data, (pl.LightningDataModule, Iterable)):
+            raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
+        self.wrapped = data if isinstance(data, pl.LightningDataModule) else _TrainLoader(data)
+        super().__init__()
+        self.replay_fraction = replay_fraction
+        self.mode: Mode = mode
+        self.buffer = buffer
+        self.to_batch = to_batch
+        self.refill: Callable[[Any], None] | None = None
+        """Called with the batch of new rows when every row of the buffer has been used and more are needed."""
+        self.joins_batch = True
+        """Whether drawn rows join the batch; where not, they stand in :attr:`drawn` until somebody takes them."""
+        self.drawn: ReplayRows | None = None
+
+        tokenizer = getattr(self.wrapped, "tokenizer", None)
+        tokenizer_side: PaddingSide = getattr(tokenizer, "padding_side", "right")
+        self.padding_side: PaddingSide = padding_side or tokenizer_side
+        own_padding = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
+        self.pad_token_id: int = own_padding or 0
+
+        self._share = Fraction(replay_fraction).limit_denominator(1_000_000)
+        self._new_rows = 0
+        self._replay_rows = 0
+
+        # An attribute of the instance counts as an override for Lightning, so exactly the hooks that the wrapped
+        # datamodule has are seen, and the module keeps its own where the wrapped datamodule has none.
+        for name in (*_LOADERS, *_HOOKS):
+            if is_overridden(name, self.wrapped):
+                setattr(self, name, getattr(self.wrapped, name))
+        if self.wrapped.hparams:
+            self.save_hyperparameters(dict(self.wrapped.hparams), logger=False)
+        self.save_hyperparameters({"replay_fraction": replay_fraction, "replay_mode": mode})
+        self.prepare_data_per_node = self.wrapped.prepare_data_per_node
+        self.allow_zero_length_dataloader_with_multiple_devices = (
+            self.wrapped.allow_zero_length_dataloader_with_multiple_devices
+        )
+
+    @property
+    def trainer(self) -> pl.Trainer | None:
+        """The Trainer, which the wrapped datamodule sees as well."""
+        trainer: pl.Trainer | None = self.wrapped.trainer
+        return trainer
+
+    @trainer.setter
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        self.wrapped.trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the wrapped datamodule, for modules that read them off ``trainer.datamodule``."""
+        if name.startswith("_") or name == "wrapped":  # private, or asked for while unpickling
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.wrapped, name)
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.wrapped.setup(stage)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self.drawn = None
+        self.wrapped.teardown(stage)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self.drawn = None
+        self.wrapped.on_exception(exception)
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        # Without us Lightning would have called the wrapped datamodule's hook, or else the module's.
+        owner = self.wrapped if is_overridden("on_after_batch_transfer", self.wrapped) else trainer.lightning_module
+        batch = owner.on_after_batch_transfer(batch, dataloader_idx)
+        return self._mix(batch) if trainer.training else batch
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "new_rows": self._new_rows,
+            "replay_rows": self._replay_rows,
+            "wrapped": self.wrapped.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["buffer"] is not None:
+            if self.buffer is None:
+                self.buffer = ReplayBuffer.from_state_dict(state_dict["buffer"])
+            else:
+                self.buffer.load_state_dict(state_dict["buffer"])
+        self._new_rows = state_dict["new_rows"]
+        self._replay_rows = state_dict["replay_rows"]
+        self.wrapped.load_state_dict(state_dict["wrapped"])
+
+    def _mix(self, batch: Any) -> Any:
+        if not self.replay_fraction or (self.refill is None and not self.buffer):
+            return batch
+        total = self._count(batch)
+        kept, replayed = self._shares(total)
+        if kept < total:
+            batch = crop_batch(batch, kept)
+        if not replayed:
+            return batch
+        rows = self._draw(replayed, batch)
+        if not self.joins_batch:
+            self.drawn = rows
+            return batch
+        if self.to_batch is not None:
+            return self.to_batch(batch, rows)
+        return join_rows(batch, rows, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
+
+    def _count(self, batch: Any) -> int:
+        try:
+            return row_count(batch)
+        except TypeError:
+            if self.joins_batch and self.to_batch is None:
+                raise
+            return extract_batch_size(batch)
+
+    def _shares(self, total: int) -> tuple[int, int]:
+        """How many of a batch's rows to keep and how many replay rows to join to them."""
+        if self.mode == "append":
+            self._new_rows += total
+            owed = int(self._new_rows * self._share / (1 - self._share)) - self._replay_rows
+            self._replay_rows += owed
+            return total, owed
+        if total < 2:
+            raise MisconfigurationException(
+                "`mode='replace'` puts replay rows in the place of new ones, but this batch has a single row. Use "
+                "`mode='append'`, or larger batches."
+            )
+        owed = int((self._new_rows + self._replay_rows + total) * self._share) - self._replay_rows
+        owed = min(owed, total - 1)
+        self._new_rows += total - owed
+        self._replay_rows += owed
+        return total - owed, owed
+
+    def _draw(self, rows: int, batch: Any) -> ReplayRows:
+        """Draw rows, refilling the buffer just when its last unused one is gone."""
+        if self.refill is None:
+            assert self.buffer is not None
+            return self.buffer.draw(rows)
+        drawn: list[ReplayRows] = []
+        missing = rows
+        while missing:
+            if self.buffer is None or not self.buffer.unused:
+                self.refill(batch)
+                assert self.buffer is not None
+            drawn.append(self.buffer.draw(min(missing, self.buffer.unused)))
+            missing -= len(drawn[-1].tokens)
+        return ReplayRows.cat(drawn)
+
+
+class _TrainLoader(pl.LightningDataModule):
+    """A bare training loader as a datamodule."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        super().__init__()
+        self.loader = loader
+
+    @override
+    def train_dataloader(self) -> Iterable[Any]:
+        return self.loader

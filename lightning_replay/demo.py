@@ -1,0 +1,283 @@
+"""The demo: a small transformer learns a sequence of tasks, once without and once with self-generated replay.
+
+Everything happens through the package's public API, as it would in a user's own script.
+"""
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from transformers import LlamaConfig, LlamaForCausalLM
+from typing_extensions import override
+
+from lightning_replay.causal_lm import CausalLM
+from lightning_replay.datamodule import ReplayDataModule
+from lightning_replay.language_model import evaluating
+from lightning_replay.metrics import average_accuracy, backward_transfer
+from lightning_replay.replay import SelfGeneratedReplay
+from lightning_replay.toy import (
+    END,
+    TASKS,
+    VOCABULARY,
+    answer_positions,
+    problems,
+    problems_loader,
+    row_length,
+    task_token,
+)
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"The demo draws with {error.name}, which is not installed: pip install 'lightning-replay[demo]'"
+    ) from error
+
+__all__ = ["demo"]
+
+DIGITS = 2
+BATCH_SIZE = 128
+REPLAY_FRACTION = 0.2
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 20
+STEPS = {"add": 2000, "reverse": 250, "sort": 250, "modadd": 400}
+"""Steps for each task; the first is learned until :data:`LEARNED`, with these steps as a limit."""
+LEARNED = 0.995
+MEASURE_EVERY = 25
+HELD_OUT = 400
+
+
+@dataclass
+class Run:
+    """What one way of learning the sequence of tasks gave.
+
+    Attributes:
+        steps: Optimizer steps behind each measurement, over the whole sequence.
+        curves: Accuracy of each task at each of those steps.
+        matrix: A row for each task learned so far: the accuracy of every task after it.
+        ends: The step at which each task's training ended.
+        seconds: Wall-clock time of training, sampling and measuring.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=lambda: {task: [] for task in TASKS})
+    matrix: list[list[float]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """The final figures, as they stand in ``results.json``."""
+        matrix = torch.tensor(self.matrix, dtype=torch.float64)
+        return {
+            "accuracy": dict(zip(TASKS, self.matrix[-1], strict=True)),
+            "average_accuracy": average_accuracy(matrix),
+            "backward_transfer": backward_transfer(matrix),
+            "seconds": round(self.seconds, 1),
+            "accuracy_after_each_task": self.matrix,
+        }
+
+
+class _TaskAccuracy(Callback):
+    """Measures every task while one of them is learned: the share of problems whose whole answer is right."""
+
+    def __init__(self, run: Run, progress: Progress, label: str, until: float | None) -> None:
+        self.run = run
+        self.until = until
+        self.progress = progress
+        self.label = label
+        self.first_step = run.ends[-1] if run.ends else 0
+        held_out = torch.Generator().manual_seed(2**31)
+        self.problems = {task: problems(task, HELD_OUT, DIGITS, held_out) for task in TASKS}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar = self.progress.add_task(self.label, total=trainer.max_steps, accuracy="")
+        if not self.run.steps:
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.progress.update(self.bar, completed=trainer.global_step)
+        if trainer.global_step % MEASURE_EVERY == 0:
+            current = self._measure(trainer, pl_module)[len(self.run.ends)]
+            trainer.should_stop = self.until is not None and current >= self.until
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.run.ends.append(self.run.steps[-1])
+        self.run.matrix.append([curve[-1] for curve in self.run.curves.values()])
+        self.progress.update(self.bar, completed=trainer.max_steps)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[float]:
+        accuracies = [self._accuracy(pl_module, rows) for rows in self.problems.values()]
+        self.run.steps.append(self.first_step + trainer.global_step)
+        for curve, accuracy in zip(self.run.curves.values(), accuracies, strict=True):
+            curve.append(accuracy)
+        shown = "  ".join(f"{task} {accuracy:4.0%}" for task, accuracy in zip(TASKS, accuracies, strict=True))
+        self.progress.update(self.bar, accuracy=shown)
+        return accuracies
+
+    def _accuracy(self, pl_module: pl.LightningModule, rows: torch.Tensor) -> float:
+        """Greedy decoding is right exactly where every token of the answer is the likeliest one after those before."""
+        with evaluating(pl_module):
+            likeliest = pl_module(rows[:, :-1]).logits.argmax(-1)
+        answer = answer_positions(DIGITS)
+        right = likeliest[:, answer.start - 1 :] == rows[:, answer]
+        return float(right.all(1).float().mean())
+
+
+def demo(output: Path, seed: int = 0) -> dict[str, Any]:
+    """Learn the tasks one after another, without and with replay; write ``results.json`` and ``accuracy.png``.
+
+    The first task is learned once: before there is anything to replay, the two runs are the same.
+
+    Args:
+        output: Folder to write to; made where it is missing.
+        seed: Seed of the weights, the problems and the samples.
+
+    Returns:
+        What stands in ``results.json``.
+    """
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"A small transformer learns {len(TASKS)} tasks one after another: {', '.join(TASKS)}.\n"
+        "First with plain finetuning, then with self-generated replay."
+    )
+    with _quiet_lightning(), _bars(console) as progress:
+        pl.seed_everything(seed)
+        shared = Run()
+        model = _small_transformer()
+        _learn(TASKS[0], model, shared, progress, seed, replay=None)
+        runs = {}
+        for arm in ("without_replay", "with_replay"):
+            runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
+            for number, task in enumerate(TASKS[1:], start=1):
+                replay = None if arm == "without_replay" else _replay_of(TASKS[:number])
+                _learn(task, learner, runs[arm], progress, seed, replay)
+
+    results = {"seed": seed, "tasks": list(TASKS)} | {arm: run.summary() for arm, run in runs.items()}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _draw(runs, output / "accuracy.png")
+    console.print(_table(results))
+    console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}.")
+    return results
+
+
+def _small_transformer() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=row_length(DIGITS),
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _replay_of(tasks: Sequence[str]) -> SelfGeneratedReplay:
+    """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
+    return SelfGeneratedReplay(
+        loss="kl",
+        coefficient=10.0,
+        prompts=[[task_token(task)] for task in tasks],
+        sequence_length=row_length(DIGITS),
+        refill_rows=1024,
+    )
+
+
+def _learn(
+    task: str, model: LlamaForCausalLM, run: Run, progress: Progress, seed: int, replay: SelfGeneratedReplay | None
+) -> None:
+    """Train the model on one task, with a fresh optimizer."""
+    first = not run.ends
+    kind = "both" if first else "without replay" if replay is None else "with replay"
+    label = f"{kind:<14} {len(run.ends) + 1}/{len(TASKS)} {task:<8}"
+    accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
+    loader = problems_loader(task, BATCH_SIZE, DIGITS, seed)
+    trainer = pl.Trainer(
+        max_steps=STEPS[task],
+        callbacks=[accuracy] if replay is None else [accuracy, replay],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = CausalLM(model, LEARNING_RATE, warmup_steps=WARMUP_STEPS, schedule="constant" if first else "cosine")
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=ReplayDataModule(loader, REPLAY_FRACTION if replay else 0.0))
+    run.seconds += time.perf_counter() - started
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Seven short fits need no banner each."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table(title="Accuracy after the last task")
+    table.add_column("task")
+    table.add_column("without replay", justify="right")
+    table.add_column("with replay", justify="right")
+    arms = (results["without_replay"], results["with_replay"])
+    for task in TASKS:
+        table.add_row(task, *(f"{arm['accuracy'][task]:.1%}" for arm in arms))
+    table.add_section()
+    table.add_row("average", *(f"{arm['average_accuracy']:.1%}" for arm in arms))
+    table.add_row("backward transfer", *(f"{arm['backward_transfer']:+.3f}" for arm in arms))
+    table.add_row("seconds", *(f"{arm['seconds']:.0f}" for arm in arms))
+    return table
+
+
+def _draw(runs: dict[str, Run], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(runs), figsize=(11, 3.6), sharey=True, layout="constrained")
+    for axis, (arm, run) in zip(axes, runs.items(), strict=True):
+        for task, curve in run.curves.items():
+            axis.plot(run.steps, curve, label=task, linewidth=2)
+        for start, end, task in zip([0, *run.ends], run.ends, TASKS, strict=False):
+            axis.axvline(end, color="0.8", linewidth=1, zorder=0)
+            axis.text((start + end) / 2, 1.04, f"learns {task}", ha="center", fontsize=8, color="0.4")
+        axis.set(title=arm.replace("_", " ").capitalize(), xlabel="optimizer steps", ylim=(-0.02, 1.12))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy on held-out problems")
+    axes[-1].legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,229 @@
+"""The callback that watches held-out prior data, so that forgetting is seen while it happens."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_replay.batches import inputs_and_targets
+from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
+from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
+from lightning_replay.reference import ReferenceKeeper
+from lightning_replay.replay import SelfGeneratedReplay
+
+__all__ = ["ForgettingMonitor"]
+
+
+class ForgettingMonitor(Callback):
+    """Measures a language model on held-out prior data before, during and after training.
+
+    Once at fit start, then every ``every_n_steps`` optimizer steps and at the end, each prior set is evaluated, in
+    evaluation mode, without touching the global random state. The values go to every logger at the step
+    ``trainer.global_step`` (the number of optimizer steps behind the weights measured) and into
+    ``trainer.callback_metrics``, so ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. For each set:
+
+    - ``forgetting/<name>``: rise of the loss since fit start, in nats a token; positive is worse.
+    - ``prior_loss/<name>``: next-token loss, in nats a token; ``prior_perplexity/<name>``: its exponential.
+    - ``prior_accuracy/<name>``: share of next tokens that the model thinks most likely.
+    - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
+
+    Note:
+        A callback that swaps weights in the same hooks, such as ``WeightAveraging``, decides by its place in the
+        list of callbacks which weights are measured.
+
+    Args:
+        prior: Held-out sets by name: each a dataloader, or any iterable that can be read more than once, of batches as
+            the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor of tokens.
+        every_n_steps: Optimizer steps between measurements; 0 for fit start and end alone.
+        max_batches: How many batches of each set to read at most; all of them by default.
+        kl: Whether to measure ``prior_kl``. It needs the model at fit start: shared with
+            :class:`~lightning_replay.SelfGeneratedReplay`, free for fresh PEFT adapters, else a copy of the weights.
+        language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
+            left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
+
+    Raises:
+        ValueError: If ``prior`` is empty, two sets have one name, or a number is out of its range.
+        MisconfigurationException: Before the first step, if a prior set has no batch, another monitor of the Trainer
+            has a set of the same name, or no logits are found.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> stories = DataLoader(torch.randint(100, (64, 16)), batch_size=8)
+        >>> monitor = ForgettingMonitor({"stories": stories}, every_n_steps=50)
+    """
+
+    def __init__(
+        self,
+        prior: Mapping[str, Iterable[Any]] | Sequence[tuple[str, Iterable[Any]]],
+        every_n_steps: int = 100,
+        max_batches: int | None = None,
+        kl: bool = True,
+        language_model: str | None = None,
+    ) -> None:
+        sets = list(prior.items() if isinstance(prior, Mapping) else prior)
+        names = [name for name, _ in sets]
+        if not sets:
+            raise ValueError("`prior` names at least one held-out set, as in {'stories': loader}; got none.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
+        if every_n_steps < 0:
+            raise ValueError(f"`every_n_steps` is the optimizer steps between measurements or 0; got {every_n_steps}.")
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches}.")
+        self.prior = dict(sets)
+        self.every_n_steps = every_n_steps
+        self.max_batches = max_batches
+        self.kl = kl
+        self.language_model = language_model
+        self.baseline: dict[str, float] = {}
+        """Loss on each set at fit start, in nats a token."""
+
+        self._own_reference = ReferenceKeeper()
+        self._resumed = False
+        self._measured_at = -1
+        self._model: LanguageModel | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(prior=sorted(self.prior))
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
+        shared = sorted({name for other in others for name in other.prior} & set(self.prior))
+        if shared:
+            raise MisconfigurationException(
+                f"Two ForgettingMonitors of this Trainer have prior sets of the same name: {shared}. Rename one."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._model = find_language_model(pl_module, self.language_model)
+        if self._resumed:
+            self._resumed = False
+            return
+        if trainer.ckpt_path is not None:
+            rank_zero_warn(
+                "The checkpoint was saved without this ForgettingMonitor: forgetting is measured from here on."
+            )
+        self.baseline = {}
+        self._measure(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        # With gradient accumulation, several batches end at one global step.
+        if due and trainer.global_step != self._measured_at:
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._measured_at:
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._own_reference.save(checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._own_reference.load(checkpoint)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"baseline": self.baseline, "measured_at": self._measured_at}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.baseline = dict(state_dict["baseline"])
+        self._measured_at = state_dict["measured_at"]
+        self._resumed = True
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate every prior set and hand the values to the loggers and to other callbacks."""
+        values: dict[str, float] = {}
+        with isolate_rng():
+            for name in self.prior:
+                values |= self._evaluate(trainer, pl_module, name)
+        self._measured_at = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
+        model = self._model
+        assert model is not None
+        reference = self._keeper(trainer).get(trainer, model) if self.kl else None
+        loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
+        drift = KLDrift().to(pl_module.device)
+        for index, batch in enumerate(self.prior[name]):
+            if index == self.max_batches:
+                break
+            tokens, attention_mask, targets = (
+                part if part is None else part.to(pl_module.device) for part in inputs_and_targets(batch)
+            )
+            assert tokens is not None
+            assert targets is not None
+            with trainer.precision_plugin.val_step_context():
+                with evaluating(model.module):
+                    logits = model.logits(tokens, attention_mask)
+                loss.update(logits, targets)
+                accuracy.update(logits, targets)
+                if reference is not None:
+                    with reference.active() as before:
+                        drift.update(logits, before.logits(tokens, attention_mask), targets)
+        if not loss.count:
+            raise MisconfigurationException(
+                f"The prior set {name!r} gave no batch with a token to predict, so nothing can be measured on it. Pass "
+                "a loader that can be read more than once, with at least one row of two tokens."
+            )
+        prior_loss = _value(loss)
+        baseline = self.baseline.setdefault(name, prior_loss)
+        values = {
+            f"forgetting/{name}": prior_loss - baseline,
+            f"prior_loss/{name}": prior_loss,
+            f"prior_perplexity/{name}": float(torch.tensor(prior_loss, dtype=torch.float64).exp()),
+            f"prior_accuracy/{name}": _value(accuracy),
+        }
+        return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
+
+    def _keeper(self, trainer: pl.Trainer) -> ReferenceKeeper:
+        """The replay callback's reference where there is one, so that no second copy is kept."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        replays = (callback for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
+        return next((replay.reference for replay in replays), self._own_reference)
+
+    def _release(self) -> None:
+        self._model = None
+        self._own_reference.release()
+
+
+def _value(metric: Metric) -> float:
+    value: Tensor = metric.compute()
+    return float(value)

@@ -1,0 +1,189 @@
+"""The causal language model inside a LightningModule: where it is, how to call it, what it says."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = ["LanguageModel", "evaluating", "find_language_model"]
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "context_length")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A module that maps tokens to next-token logits, and what is known of it.
+
+    Args:
+        module: The module. Called with tokens of shape ``(rows, length)`` in the first place it returns logits of shape
+            ``(rows, length, vocabulary)``: as they are, as ``output.logits``, under the key ``"logits"``,
+            or as a tuple's first tensor of that shape.
+        vocabulary: Size of the last dimension of its logits.
+        context: The longest row that it takes, where its configuration tells.
+        has_cache: Whether it keeps keys and values between calls, the Hugging Face way.
+    """
+
+    module: nn.Module
+    vocabulary: int
+    context: int | None
+    has_cache: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device
+
+    def on(self, module: nn.Module) -> "LanguageModel":
+        """The same description of another module with the same call, such as a copy."""
+        return LanguageModel(module, self.vocabulary, self.context, self.has_cache)
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token logits of every position.
+
+        Args:
+            tokens: Token ids, shape ``(rows, length)``.
+            attention_mask: Non-zero on real tokens, the same shape. Left out of the call if None.
+
+        Returns:
+            Shape ``(rows, length, vocabulary)``, in the module's own type.
+        """
+        options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if self.has_cache:
+            options["use_cache"] = False
+        return find_logits(self.module(tokens, **options))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every submodule gets its own mode back."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def find_language_model(pl_module: pl.LightningModule, path: str | None) -> LanguageModel:
+    """Find the causal language model that a LightningModule trains.
+
+    Without a path, that is its outermost Hugging Face or PEFT model (the one that trains, where there are
+    several), else the one child that holds all its parameters, else the LightningModule itself.
+    It is called once on two tokens, in evaluation mode, to see that it gives logits.
+
+    Args:
+        pl_module: The user's module.
+        path: Where the model is, as an attribute path such as ``"model"`` or ``"student.gpt"``; ``""`` is the
+            LightningModule itself.
+
+    Raises:
+        MisconfigurationException: If the path leads nowhere, or no logits are found.
+    """
+    if path is None:
+        module, path = _guess(pl_module)
+    else:
+        try:
+            module = pl_module.get_submodule(path)
+        except AttributeError as error:
+            raise MisconfigurationException(
+                f"`language_model={path!r}` names no module of {type(pl_module).__name__}: {error}. "
+                f"Its children are {[name for name, _ in pl_module.named_children()]}."
+            ) from error
+    return _describe(module, f"{type(pl_module).__name__}.{path}".rstrip("."), pl_module.device)
+
+
+def find_logits(output: Any) -> Tensor:
+    """The logits in what a language model returned, shape ``(rows, positions, vocabulary)``.
+
+    Raises:
+        TypeError: If there are none.
+    """
+    candidates: list[Any] = [output, getattr(output, "logits", None)]
+    if isinstance(output, Mapping):
+        candidates.append(output.get("logits"))
+    elif isinstance(output, (tuple, list)):
+        candidates.extend(output)
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.dim() == 3 and candidate.is_floating_point():
+            return candidate
+    raise TypeError(f"no logits of shape (rows, positions, vocabulary) in a {type(output).__name__}")
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module's ``forward`` takes, in order."""
+    compiled_from = getattr(module, "_orig_mod", module)
+    parameters = inspect.signature(compiled_from.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _guess(pl_module: pl.LightningModule) -> tuple[nn.Module, str]:
+    pretrained = _outermost_pretrained(pl_module)
+    if len(pretrained) > 1:
+        pretrained = {
+            name: module
+            for name, module in pretrained.items()
+            if any(parameter.requires_grad for parameter in module.parameters())
+        }
+    if len(pretrained) > 1:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} trains several language models: {sorted(pretrained)}. "
+            "Say which one replay is for, as in `language_model='model'`."
+        )
+    for name, module in pretrained.items():
+        return module, name
+    everything = {id(parameter) for parameter in pl_module.parameters()}
+    for name, child in pl_module.named_children():
+        if everything and {id(parameter) for parameter in child.parameters()} == everything:
+            return child, name
+    return pl_module, ""
+
+
+def _outermost_pretrained(pl_module: pl.LightningModule) -> dict[str, nn.Module]:
+    """Hugging Face models that are not part of another, by path; with what PEFT or `torch.compile` wraps around."""
+    found: dict[str, nn.Module] = {}
+    for name, module in pl_module.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        wrapped = getattr(module, "_orig_mod", module)
+        if not inside_another and (isinstance(wrapped, PreTrainedModel) or is_adapted(wrapped)):
+            found[name] = module
+    return found
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a PEFT model, whose adapters can be switched off."""
+    return hasattr(module, "disable_adapter") and hasattr(module, "get_base_model")
+
+
+def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:
+    config = getattr(module, "config", None)
+    context = next((int(v) for n in _CONTEXT_NAMES if (v := getattr(config, n, None)) is not None), None)
+    bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        with evaluating(module):
+            logits = bare.logits(tokens)
+            # One more call tells whether keys and values come back; only the Hugging Face way is known.
+            asks_for_cache = isinstance(getattr(module, "_orig_mod", module), PreTrainedModel) or is_adapted(module)
+            cache = getattr(module(tokens, use_cache=True), "past_key_values", None) if asks_for_cache else None
+    except Exception as error:  # whatever the user's forward raises is the reason to show
+        raise _no_logits(where, f"called with two tokens it raised {type(error).__name__}: {error}") from error
+    if logits.shape[:2] != (1, 2):
+        raise _no_logits(where, f"called with tokens of shape (1, 2) it gave logits of shape {tuple(logits.shape)}")
+    return LanguageModel(module, logits.shape[2], context, has_cache=cache is not None)
+
+
+def _no_logits(where: str, reason: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"No next-token logits were found at {where}: {reason}. Replay needs a module that maps tokens of shape "
+        "(rows, length) to logits of shape (rows, length, vocabulary). Say where it is with the argument "
+        "`language_model`, an attribute path in your LightningModule, as in `language_model='model.gpt'`."
+    )
