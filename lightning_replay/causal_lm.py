@@ -28,6 +28,7 @@ class CausalLM(pl.LightningModule):
     Args:
         model: A name on the Hugging Face hub, a local folder, or a model that is already there.
         learning_rate: Peak learning rate.
+        betas: AdamW's decay rates of the running averages of the gradient and its square.
         weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
         warmup_steps: Optimizer steps in which the learning rate rises from zero.
         schedule: ``"cosine"`` falls to zero at the end of training, ``"constant"`` stays.
@@ -46,6 +47,7 @@ class CausalLM(pl.LightningModule):
         self,
         model: str | Path | PreTrainedModel,
         learning_rate: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.02,
         warmup_steps: int = 0,
         schedule: Schedule = "cosine",
@@ -61,12 +63,13 @@ class CausalLM(pl.LightningModule):
         if schedule not in get_args(Schedule):
             raise ValueError(f"`schedule` is one of {', '.join(map(repr, get_args(Schedule)))}; got {schedule!r}.")
         self.learning_rate = learning_rate
+        self.betas = betas
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule: Schedule = schedule
         name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self.save_hyperparameters({"model": name})
-        self.save_hyperparameters("learning_rate", "weight_decay", "warmup_steps", "schedule")
+        self.save_hyperparameters("learning_rate", "betas", "weight_decay", "warmup_steps", "schedule")
         # In 32-bit floats, whatever the weights were saved in: lower precision is the Trainer's choice to make.
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -93,7 +96,7 @@ class CausalLM(pl.LightningModule):
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         scheduler = LambdaLR(optimizer, _Schedule(self.schedule, self.warmup_steps, self._total_steps()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

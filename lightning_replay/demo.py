@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +25,7 @@ from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.language_model import evaluating
 from lightning_replay.metrics import average_accuracy, backward_transfer
 from lightning_replay.replay import SelfGeneratedReplay
-from lightning_replay.toy import (
-    END,
-    TASKS,
-    VOCABULARY,
-    answer_positions,
-    problems,
-    problems_loader,
-    row_length,
-    task_token,
-)
+from lightning_replay.toy import ANSWER, END, ROW_LENGTH, TASKS, VOCABULARY, problems, problems_loader, task_token
 
 try:
     import matplotlib
@@ -50,13 +42,13 @@ except ModuleNotFoundError as error:
 
 __all__ = ["demo"]
 
-DIGITS = 2
 BATCH_SIZE = 128
 REPLAY_FRACTION = 0.2
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
-STEPS = {"add": 2000, "reverse": 250, "sort": 250, "modadd": 400}
-"""Steps for each task; the first is learned until :data:`LEARNED`, with these steps as a limit."""
+STEPS = 400
+FIRST_TASK_STEPS = 1500
+"""The first task is learned until :data:`LEARNED`, with these steps as a limit; the others for :data:`STEPS`."""
 LEARNED = 0.995
 MEASURE_EVERY = 25
 HELD_OUT = 400
@@ -102,7 +94,7 @@ class _TaskAccuracy(Callback):
         self.label = label
         self.first_step = run.ends[-1] if run.ends else 0
         held_out = torch.Generator().manual_seed(2**31)
-        self.problems = {task: problems(task, HELD_OUT, DIGITS, held_out) for task in TASKS}
+        self.problems = {task: problems(task, HELD_OUT, held_out) for task in TASKS}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,8 +130,7 @@ class _TaskAccuracy(Callback):
         """Greedy decoding is right exactly where every token of the answer is the likeliest one after those before."""
         with evaluating(pl_module):
             likeliest = pl_module(rows[:, :-1]).logits.argmax(-1)
-        answer = answer_positions(DIGITS)
-        right = likeliest[:, answer.start - 1 :] == rows[:, answer]
+        right = likeliest[:, ANSWER.start - 1 :] == rows[:, ANSWER]
         return float(right.all(1).float().mean())
 
 
@@ -161,19 +152,20 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
         f"A small transformer learns {len(TASKS)} tasks one after another: {', '.join(TASKS)}.\n"
         "First with plain finetuning, then with self-generated replay."
     )
+    tasks = list(TASKS)
     with _quiet_lightning(), _bars(console) as progress:
         pl.seed_everything(seed)
         shared = Run()
         model = _small_transformer()
-        _learn(TASKS[0], model, shared, progress, seed, replay=None)
+        _learn(tasks[0], model, shared, progress, seed, replay=None)
         runs = {}
         for arm in ("without_replay", "with_replay"):
             runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
-            for number, task in enumerate(TASKS[1:], start=1):
-                replay = None if arm == "without_replay" else _replay_of(TASKS[:number])
+            for number, task in enumerate(tasks[1:], start=1):
+                replay = None if arm == "without_replay" else _replay_of(tasks[:number])
                 _learn(task, learner, runs[arm], progress, seed, replay)
 
-    results = {"seed": seed, "tasks": list(TASKS)} | {arm: run.summary() for arm, run in runs.items()}
+    results = {"seed": seed, "tasks": tasks} | {arm: run.summary() for arm, run in runs.items()}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _draw(runs, output / "accuracy.png")
     console.print(_table(results))
@@ -188,7 +180,7 @@ def _small_transformer() -> LlamaForCausalLM:
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=row_length(DIGITS),
+        max_position_embeddings=ROW_LENGTH,
         bos_token_id=None,
         eos_token_id=END,
     )
@@ -199,9 +191,9 @@ def _replay_of(tasks: Sequence[str]) -> SelfGeneratedReplay:
     """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",
-        coefficient=10.0,
+        coefficient=3.0,
         prompts=[[task_token(task)] for task in tasks],
-        sequence_length=row_length(DIGITS),
+        sequence_length=ROW_LENGTH,
         refill_rows=1024,
     )
 
@@ -214,9 +206,9 @@ def _learn(
     kind = "both" if first else "without replay" if replay is None else "with replay"
     label = f"{kind:<14} {len(run.ends) + 1}/{len(TASKS)} {task:<8}"
     accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
-    loader = problems_loader(task, BATCH_SIZE, DIGITS, seed)
+    loader = problems_loader(task, BATCH_SIZE, seed)
     trainer = pl.Trainer(
-        max_steps=STEPS[task],
+        max_steps=FIRST_TASK_STEPS if first else STEPS,
         callbacks=[accuracy] if replay is None else [accuracy, replay],
         accelerator="cpu",
         logger=False,
@@ -242,14 +234,18 @@ def _bars(console: Console) -> Progress:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Seven short fits need no banner each."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Seven short fits need no banner each, nor advice on loaders that are meant to be as they are."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    levels = [logger.level for logger in loggers]
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _table(results: dict[str, Any]) -> Table:
