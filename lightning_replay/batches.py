@@ -77,7 +77,7 @@ def join_rows(
 
     Args:
         batch: The new rows.
-        rows: The replay rows, on the batch's device.
+        rows: The replay rows, on the CPU.
         padding_side: Where padding goes.
         pad_token_id: The token to pad with.
         ignore_index: The label of padding.
@@ -96,7 +96,7 @@ def join_rows(
     if isinstance(batch, Mapping):
         return _join_mapping(batch, rows, padding_side, pad_token_id, ignore_index)
     if isinstance(batch, (tuple, list)):
-        inputs, targets = batch
+        inputs, targets = _tokens(batch), batch[1]
         ours = ReplayRows(rows.tokens[:, :-1], rows.lengths - 1)
         answers = rows.tokens[:, 1:].masked_fill(~rows.targets_mask, ignore_index)
         return type(batch)(

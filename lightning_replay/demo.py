@@ -270,10 +270,10 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
             axis.plot(run.steps, curve, label=task, linewidth=2)
         for start, end, task in zip([0, *run.ends], run.ends, TASKS, strict=False):
             axis.axvline(end, color="0.8", linewidth=1, zorder=0)
-            axis.text((start + end) / 2, 1.04, f"learns {task}", ha="center", fontsize=8, color="0.4")
+            axis.text((start + end) / 2, 1.04, task, ha="center", fontsize=8, color="0.4")
         axis.set(title=arm.replace("_", " ").capitalize(), xlabel="optimizer steps", ylim=(-0.02, 1.12))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("accuracy on held-out problems")
-    axes[-1].legend(loc="lower right", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,184 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from lightning_replay.joint_forward import joint_forward
+from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
+from lightning_replay.reference import DisabledAdapter, FrozenCopy, adapter_is_idle
+from tests.conftest import VOCABULARY
+from tests.modules import HandWritten, UserModule
+
+Make = Callable[..., LlamaForCausalLM]
+TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
+ROWS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def of(module: nn.Module) -> LanguageModel:
+    return find_language_model(UserModule(module), None)
+
+
+def test_a_hugging_face_model_is_found_with_what_it_can_do(tiny_llama: Make) -> None:
+    module = UserModule(nn.ModuleDict({"inner": tiny_llama()}))
+    found = find_language_model(module, None)
+    assert found.module is module.model["inner"]  # type: ignore[index]
+    assert (found.vocabulary, found.context, found.has_cache) == (VOCABULARY, 32, True)
+
+
+def test_a_hand_written_model_is_found_as_the_child_that_holds_all_parameters() -> None:
+    module = UserModule(HandWritten())
+    found = find_language_model(module, None)
+    assert found.module is module.model
+    assert (found.vocabulary, found.has_cache) == (VOCABULARY, False)
+
+
+def test_a_module_that_is_the_model_itself_is_found() -> None:
+    class Whole(UserModule):
+        def __init__(self) -> None:
+            super().__init__(nn.Embedding(VOCABULARY, 8))
+            self.head = nn.Linear(8, VOCABULARY)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.model(tokens))
+            return logits
+
+    module = Whole()
+    assert find_language_model(module, None).module is module
+
+
+def test_of_several_models_the_one_that_trains_is_meant(tiny_llama: Make) -> None:
+    module = UserModule(tiny_llama())
+    module.teacher = tiny_llama(seed=1)
+    with pytest.raises(MisconfigurationException, match="several language models.*language_model='model'"):
+        find_language_model(module, None)
+    assert find_language_model(module, "teacher").module is module.teacher
+    module.teacher.requires_grad_(False)
+    assert find_language_model(module, None).module is module.model
+
+
+def test_missing_logits_name_the_argument_that_says_where_they_are() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            pooled: Tensor = self.embedding(tokens).mean(1)
+            return pooled
+
+    with pytest.raises(MisconfigurationException, match="no logits of shape.*`language_model`"):
+        of(Classifier())
+    with pytest.raises(MisconfigurationException, match=r"names no module.*Its children are \['model'\]"):
+        find_language_model(UserModule(Classifier()), "model.gpt")
+
+
+def test_evaluating_gives_every_submodule_its_mode_back() -> None:
+    model = HandWritten()
+    model.train()
+    model.block.eval()
+    with evaluating(model):
+        assert not any(child.training for child in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert model.head.training
+    assert not model.block.training
+
+
+@pytest.mark.parametrize("length", [8, 5, 11])
+def test_rows_travel_with_the_forward_and_nobody_sees_them(tiny_llama: Make, length: int) -> None:
+    model = of(tiny_llama().train())
+    rows = torch.randint(3, VOCABULARY, (2, length))
+    alone = model.module(input_ids=TOKENS, labels=TOKENS)
+    expected = model.module(input_ids=rows).logits
+    with joint_forward(model, rows) as joint:
+        seen = model.module(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), labels=TOKENS)
+    assert joint.logits is not None
+    torch.testing.assert_close(joint.logits, expected)
+    assert seen.logits.shape == alone.logits.shape
+    torch.testing.assert_close(seen.logits, alone.logits)
+    torch.testing.assert_close(seen.loss, alone.loss)
+
+
+def test_gradients_of_a_joint_forward_are_those_of_two(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    with joint_forward(model, ROWS) as joint:
+        loss = model.module(input_ids=TOKENS, labels=TOKENS).loss
+    assert joint.logits is not None
+    (loss + joint.logits.square().mean()).backward()
+    joined = [parameter.grad for parameter in model.module.parameters()]
+    model.module.zero_grad()
+    model.module(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    model.module(input_ids=ROWS).logits.square().mean().backward()
+    for ours, parameter in zip(joined, model.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
+def test_only_the_first_call_with_gradients_carries_rows_and_hooks_go_even_on_errors(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    sizes: list[int] = []
+    handle = model.module.model.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with pytest.raises(RuntimeError, match="stop"), joint_forward(model, ROWS):
+        with torch.no_grad():
+            model.module(TOKENS)
+        model.module(TOKENS)
+        model.module(TOKENS)
+        raise RuntimeError("stop")
+    model.module(TOKENS)
+    handle.remove()
+    assert sizes == [3, 5, 3, 3]
+    assert not model.module._forward_hooks
+    assert not model.module._forward_pre_hooks
+
+
+def test_an_argument_that_rows_cannot_be_joined_to_is_refused(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    with joint_forward(model, ROWS), pytest.raises(TypeError, match="`inputs_embeds`|no such tokens"):
+        model.module(inputs_embeds=torch.zeros(3, 8, 16))
+
+
+def test_a_frozen_copy_keeps_the_weights_it_was_made_from(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    before = model.logits(TOKENS).detach()
+    copy = FrozenCopy(model)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(1)
+    with copy.active() as frozen:
+        assert torch.equal(frozen.logits(TOKENS), before)
+        assert not any(parameter.requires_grad for parameter in frozen.module.parameters())
+
+
+def lora(tiny_llama: Make) -> LanguageModel:
+    return of(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2)))
+
+
+def test_a_fresh_adapter_switched_off_is_the_base_model_exactly(tiny_llama: Make) -> None:
+    base, model = tiny_llama()(TOKENS).logits, lora(tiny_llama)
+    assert adapter_is_idle(model)
+    trained = [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    assert not torch.allclose(model.logits(TOKENS), base)
+    with DisabledAdapter(model).active() as reference:
+        assert torch.equal(reference.logits(TOKENS), base)
+    assert trained == [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+
+
+def test_an_adapter_that_was_trained_before_or_a_base_that_trains_is_not_idle(tiny_llama: Make) -> None:
+    trained, open_base = lora(tiny_llama), lora(tiny_llama)
+    with torch.no_grad():
+        for name, parameter in trained.module.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.5)
+    assert not adapter_is_idle(trained)
+    open_base.module.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
+    assert not adapter_is_idle(open_base)
+    assert not adapter_is_idle(of(tiny_llama()))
