@@ -1,0 +1,276 @@
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_replay import ReplayBuffer, ReplayDataModule
+from tests.modules import (
+    HandWritten,
+    PairModule,
+    Rows,
+    TokensModule,
+    UserModule,
+    mapping_loader,
+    pair_loader,
+    quiet_trainer,
+    tensor_loader,
+)
+
+REPLAYED = 31
+
+
+def filled(rows: int = 16, length: int = 12) -> ReplayBuffer:
+    """A buffer whose rows can be told from the new ones."""
+    buffer = ReplayBuffer(rows, length)
+    buffer.add(torch.full((rows, length), REPLAYED))
+    return buffer
+
+
+class Recorder(UserModule):
+    """Keeps the batches of every stage."""
+
+    def __init__(self) -> None:
+        super().__init__(HandWritten())
+        self.seen: dict[str, list[Any]] = {"fit": [], "validate": [], "test": [], "predict": []}
+
+    def loss(self, batch: Any) -> Tensor:
+        self.seen["fit"].append(batch)
+        return self.model(batch["input_ids"]).square().mean()  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen["validate"].append(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen["test"].append(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen["predict"].append(batch)
+
+
+class UserData(L.LightningDataModule):
+    """Has every hook that a datamodule can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"corpus": "notes"})
+        self.calls: list[str] = []
+        self.topic = "cooking"
+
+    def prepare_data(self) -> None:
+        assert self.trainer is not None
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(f"setup {stage}")
+
+    def teardown(self, stage: str) -> None:
+        self.calls.append(f"teardown {stage}")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return mapping_loader()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return mapping_loader(16)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls.append("before")
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls.append("after")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": 7}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.calls.append(f"place {state_dict['place']}")
+
+
+def replayed(batch: Any) -> int:
+    tokens = batch["input_ids"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch
+    return int((tokens == REPLAYED).all(1).sum())
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = Rows()
+        return iter([rows[i] for i in range(len(rows))])
+
+
+LOADERS = {
+    "map-style": lambda: mapping_loader(),
+    "shuffled": lambda: mapping_loader(shuffle=True),
+    "workers": lambda: mapping_loader(num_workers=2, persistent_workers=True),
+    "iterable": lambda: DataLoader(Stream(), batch_size=8),
+    "iterable with workers": lambda: DataLoader(Stream(), batch_size=8, num_workers=1),
+    "list": lambda: list(mapping_loader()),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_any_loader_gets_its_share_of_replay_rows(kind: str) -> None:
+    module = Recorder()
+    quiet_trainer(max_epochs=1, max_steps=-1).fit(
+        module, datamodule=ReplayDataModule(LOADERS[kind](), 0.2, buffer=filled())
+    )
+    assert [len(batch["input_ids"]) for batch in module.seen["fit"]] == [10] * 8
+    assert [replayed(batch) for batch in module.seen["fit"]] == [2] * 8
+
+
+def test_pairs_and_bare_tensors_are_mixed_as_well() -> None:
+    for module, loader, length in (
+        (PairModule(HandWritten()), pair_loader(), 13),
+        (TokensModule(HandWritten()), tensor_loader(), 12),
+    ):
+        quiet_trainer(max_steps=3).fit(module, datamodule=ReplayDataModule(loader, 0.2, buffer=filled(length=length)))
+        assert [replayed(batch) for batch in module.batches] == [2] * 3
+
+
+def test_validation_test_and_predict_batches_are_never_touched() -> None:
+    module, data = Recorder(), ReplayDataModule(UserData(), 0.5, buffer=filled())
+    trainer = quiet_trainer(max_epochs=1, max_steps=-1, val_check_interval=2, num_sanity_val_steps=2)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.predict(module, datamodule=data)
+    assert all(replayed(batch) == 8 for batch in module.seen["fit"])
+    for stage in ("validate", "test", "predict"):
+        assert module.seen[stage]
+        assert all(len(batch["input_ids"]) == 8 and not replayed(batch) for batch in module.seen[stage])
+
+
+def test_the_wrapped_datamodule_is_called_as_if_it_were_alone() -> None:
+    alone, wrapped = UserData(), UserData()
+    for data in (alone, ReplayDataModule(wrapped, 0.2, buffer=filled())):
+        quiet_trainer(max_steps=3).fit(Recorder(), datamodule=data)
+    assert wrapped.calls == alone.calls
+    assert wrapped.calls.count("before") == wrapped.calls.count("after")
+
+
+def test_the_module_s_own_transfer_hooks_still_run() -> None:
+    class WithHooks(Recorder):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch | {"before": "seen"}
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch | {"after": len(batch["input_ids"])}
+
+    module = WithHooks()
+    quiet_trainer(max_steps=1).fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2, buffer=filled()))
+    (batch,) = module.seen["fit"]
+    assert (batch["before"], batch["after"], len(batch["input_ids"])) == ("seen", 8, 10)
+
+
+def test_attributes_and_hyperparameters_of_the_wrapped_datamodule_show_through() -> None:
+    data = ReplayDataModule(UserData(), 0.25)
+    assert data.topic == "cooking"
+    assert dict(data.hparams) == {"corpus": "notes", "replay_fraction": 0.25, "replay_mode": "append"}
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = data.nothing_such
+
+
+def test_an_empty_buffer_leaves_batches_alone() -> None:
+    module = Recorder()
+    quiet_trainer(max_steps=2).fit(
+        module, datamodule=ReplayDataModule(mapping_loader(), 0.2, buffer=ReplayBuffer(4, 12))
+    )
+    assert [len(batch["input_ids"]) for batch in module.seen["fit"]] == [8, 8]
+
+
+def test_replacing_keeps_the_batch_size_and_the_first_new_rows() -> None:
+    module = Recorder()
+    quiet_trainer(max_steps=4).fit(
+        module, datamodule=ReplayDataModule(mapping_loader(), 0.25, mode="replace", buffer=filled())
+    )
+    for batch, original in zip(module.seen["fit"], mapping_loader(), strict=False):
+        assert len(batch["input_ids"]) == 8
+        assert replayed(batch) == 2
+        assert torch.equal(batch["input_ids"][:6], original["input_ids"][:6])
+
+
+def test_replacing_in_batches_of_one_is_refused() -> None:
+    data = ReplayDataModule(mapping_loader(batch_size=1), 0.5, mode="replace", buffer=filled())
+    with pytest.raises(MisconfigurationException, match="single row"):
+        quiet_trainer().fit(Recorder(), datamodule=data)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    fraction=st.fractions(min_value=0, max_value=Fraction(95, 100), max_denominator=200),
+    mode=st.sampled_from(["append", "replace"]),
+    sizes=st.lists(st.integers(min_value=2, max_value=33), min_size=1, max_size=60),
+)
+def test_the_share_is_exact_in_the_long_run(fraction: Fraction, mode: Any, sizes: list[int]) -> None:
+    data = ReplayDataModule([], float(fraction), mode=mode)
+    new = replay = 0
+    for size in sizes:
+        kept, added = data._shares(size)
+        assert kept >= 1
+        assert added >= 0
+        assert kept == size if mode == "append" else kept + added == size
+        new, replay = new + kept, replay + added
+        # Never more than the share, and short of it by less than a row, unless a batch had no more room.
+        assert replay <= fraction * (new + replay)
+        if mode == "append":
+            assert new * fraction / (1 - fraction) - replay < 1
+
+
+def test_a_custom_batch_is_mixed_by_the_user_s_function() -> None:
+    class Custom(UserModule):
+        def loss(self, batch: Any) -> Tensor:
+            return self.model(batch["question"]).square().mean()  # type: ignore[no-any-return]
+
+    loader = [{"question": Rows().tokens[:8]}] * 4
+    data = ReplayDataModule(
+        loader,
+        0.2,
+        buffer=filled(),
+        to_batch=lambda batch, rows: {"question": torch.cat([batch["question"], rows.tokens])},
+    )
+    module = Custom(HandWritten())
+    quiet_trainer(max_steps=2).fit(module, datamodule=data)
+    assert [len(batch["question"]) for batch in module.batches] == [10, 10]
+    with pytest.raises(TypeError, match="`to_batch`"):
+        quiet_trainer().fit(Custom(HandWritten()), datamodule=ReplayDataModule(loader, 0.2, buffer=filled()))
+
+
+def test_state_goes_through_a_checkpoint(tmp_path: Any) -> None:
+    data = ReplayDataModule(UserData(), 0.3, buffer=filled())
+    trainer = quiet_trainer(max_steps=3, default_root_dir=tmp_path)
+    trainer.fit(Recorder(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["ReplayDataModule"]
+    restored = ReplayDataModule(UserData(), 0.3)
+    restored.load_state_dict(state)
+    assert restored.buffer is not None
+    assert data.buffer is not None
+    assert restored.buffer.unused == data.buffer.unused
+    assert restored._shares(8) == data._shares(8)
+    assert restored.calls == ["place 7"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"replay_fraction": 1.0}, ValueError, "from 0 to below 1; got 1.0"),
+        ({"replay_fraction": -0.1}, ValueError, "from 0 to below 1; got -0.1"),
+        ({"replay_fraction": float("nan")}, ValueError, "got nan"),
+        ({"mode": "swap"}, ValueError, "'append', 'replace'"),
+        ({"padding_side": "top"}, ValueError, "'left', 'right'"),
+        ({"data": 3}, TypeError, "got int"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ReplayDataModule(**({"data": mapping_loader()} | arguments))
