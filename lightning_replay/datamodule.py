@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from typing_extensions import override
 
 from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count
@@ -134,6 +135,13 @@ class ReplayDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None:
+            step = self.trainer.lightning_module.training_step
+            if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                raise MisconfigurationException(
+                    "`training_step(dataloader_iter)` fetches its batches past the batch-transfer hooks, where replay "
+                    "rows are mixed in. Write it as `training_step(batch, batch_idx)`."
+                )
         self.wrapped.setup(stage)
 
     @override

@@ -154,8 +154,6 @@ class SelfGeneratedReplay(Callback):
         if stage != "fit":
             return
         self._data = _replay_datamodule(trainer)
-        if sum(isinstance(callback, SelfGeneratedReplay) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException("A Trainer takes one SelfGeneratedReplay; this one has several.")
         if self.loss != "mixed" and not pl_module.automatic_optimization:
             function = {"kl": forward_kl, "ntp": next_token_loss}[self.loss]
             raise MisconfigurationException(

@@ -54,7 +54,7 @@ class UserModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.batches.append(batch)
         loss = self.loss(batch)
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         self.log("train/loss", loss)
         return loss
 

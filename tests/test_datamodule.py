@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_replay import ReplayBuffer, ReplayDataModule
+from lightning_replay import ReplayBuffer, ReplayDataModule, ReplayRows
 from tests.modules import (
     HandWritten,
     PairModule,
@@ -114,7 +114,6 @@ LOADERS = {
     "workers": lambda: mapping_loader(num_workers=2, persistent_workers=True),
     "iterable": lambda: DataLoader(Stream(), batch_size=8),
     "iterable with workers": lambda: DataLoader(Stream(), batch_size=8, num_workers=1),
-    "list": lambda: list(mapping_loader()),
 }
 
 
@@ -181,10 +180,8 @@ def test_attributes_and_hyperparameters_of_the_wrapped_datamodule_show_through()
 
 
 def test_an_empty_buffer_leaves_batches_alone() -> None:
-    module = Recorder()
-    quiet_trainer(max_steps=2).fit(
-        module, datamodule=ReplayDataModule(mapping_loader(), 0.2, buffer=ReplayBuffer(4, 12))
-    )
+    module, data = Recorder(), ReplayDataModule(mapping_loader(), 0.2, buffer=ReplayBuffer(4, 12))
+    quiet_trainer(max_steps=2).fit(module, datamodule=data)
     assert [len(batch["input_ids"]) for batch in module.seen["fit"]] == [8, 8]
 
 
@@ -231,13 +228,13 @@ def test_a_custom_batch_is_mixed_by_the_user_s_function() -> None:
         def loss(self, batch: Any) -> Tensor:
             return self.model(batch["question"]).square().mean()  # type: ignore[no-any-return]
 
-    loader = [{"question": Rows().tokens[:8]}] * 4
-    data = ReplayDataModule(
-        loader,
-        0.2,
-        buffer=filled(),
-        to_batch=lambda batch, rows: {"question": torch.cat([batch["question"], rows.tokens])},
-    )
+    batches: Any = [{"question": Rows().tokens[:8]}] * 4
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)
+
+    def mixed(batch: Any, rows: ReplayRows) -> Any:
+        return {"question": torch.cat([batch["question"], rows.tokens])}
+
+    data = ReplayDataModule(loader, 0.2, buffer=filled(), to_batch=mixed)
     module = Custom(HandWritten())
     quiet_trainer(max_steps=2).fit(module, datamodule=data)
     assert [len(batch["question"]) for batch in module.batches] == [10, 10]
