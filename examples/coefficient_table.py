@@ -39,19 +39,21 @@ def main() -> None:
     """Run every arm with every seed."""
     parser = options_parser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which losses to try")
     parser.add_argument(
         "--sample-length", type=int, help="tokens sampled in one piece; the plugin's choice if left out"
     )
     options = parser.parse_args()
     options.quiet = True
 
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
-    trajectories: dict[str, list[list[dict[str, float]]]] = {name: [] for name in ("none", *ARMS)}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.arms}
+    trajectories: dict[str, list[list[dict[str, float]]]] = {name: [] for name in ("none", *options.arms)}
     for seed in options.seeds:
         options.seed = seed
         plain = finetune(options, None, "none")
         trajectories["none"].append([asdict(point) for point in plain])
-        for name, (loss, coefficient) in ARMS.items():
+        for name in options.arms:
+            loss, coefficient = ARMS[name]
             replay = SelfGeneratedReplay(loss, coefficient, sample_length=options.sample_length)
             points = finetune(options, replay, name.replace(" ", ""))
             trajectories[name].append([asdict(point) for point in points])

@@ -131,7 +131,7 @@ class _TaskAccuracy(Callback):
         with evaluating(pl_module):
             likeliest = pl_module(rows[:, :-1]).logits.argmax(-1)
         right = likeliest[:, ANSWER.start - 1 :] == rows[:, ANSWER]
-        return float(right.all(1).float().mean())
+        return float(right.all(1).double().mean())
 
 
 def demo(output: Path, seed: int = 0) -> dict[str, Any]:
