@@ -101,6 +101,8 @@ class ForgettingMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
+        self._own_reference.release()
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
         if shared:
@@ -149,11 +151,11 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._model = None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+        self._model = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -218,10 +220,6 @@ class ForgettingMonitor(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         replays = (callback for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
         return next((replay.reference for replay in replays), self._own_reference)
-
-    def _release(self) -> None:
-        self._model = None
-        self._own_reference.release()
 
 
 def _value(metric: Metric) -> float:

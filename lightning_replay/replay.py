@@ -153,6 +153,8 @@ class SelfGeneratedReplay(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
+        self.reference.release()
         self._data = _replay_datamodule(trainer)
         if self.loss != "mixed" and not pl_module.automatic_optimization:
             function = {"kl": forward_kl, "ntp": next_token_loss}[self.loss]
@@ -373,7 +375,6 @@ class SelfGeneratedReplay(Callback):
         while self._undo:
             self._undo.pop()()
         self._model = self._last_loss = None
-        self.reference.release()
 
 
 def _replay_datamodule(trainer: pl.Trainer) -> ReplayDataModule:

@@ -10,8 +10,9 @@ VOCABULARY = 32
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
+def same_every_time() -> None:
     torch.set_num_threads(2)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

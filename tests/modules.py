@@ -66,6 +66,16 @@ class UserModule(L.LightningModule):
         return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
 
 
+class PlainDescent(UserModule):
+    """For comparing weights: Adam turns the last bit of a gradient near zero into a whole step."""
+
+    def __init__(self, model: nn.Module, learning_rate: float = 0.1) -> None:
+        super().__init__(model, learning_rate)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=self.learning_rate)
+
+
 class OwnCrossEntropy(UserModule):
     """Takes its targets from the input ids, so it would train on any row that is in the batch."""
 
