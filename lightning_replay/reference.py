@@ -93,6 +93,7 @@ class ReferenceKeeper:
     def __init__(self) -> None:
         self._reference: FrozenCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None
+        self._restored_idle_adapter = False
 
     def get(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
         """The reference; taken from the model if this fit has none yet.
@@ -101,7 +102,8 @@ class ReferenceKeeper:
             MisconfigurationException: If the run resumes from a checkpoint that holds no reference.
         """
         if self._reference is None:
-            if adapter_is_idle(model):
+            # After a resume the adapter is trained, but the base under it is still the reference.
+            if self._restored_idle_adapter or adapter_is_idle(model):
                 self._reference = DisabledAdapter(model)
             else:
                 self._reference = self._copy(trainer, model)
@@ -110,6 +112,7 @@ class ReferenceKeeper:
     def release(self) -> None:
         """Forget the reference; the next fit takes its own."""
         self._reference = self._restored = None
+        self._restored_idle_adapter = False
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
@@ -121,8 +124,9 @@ class ReferenceKeeper:
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Take the reference from a checkpoint, if it holds one."""
         if _CHECKPOINT_KEY in checkpoint:
-            self._restored = checkpoint[_CHECKPOINT_KEY]
             self._reference = None
+            self._restored = checkpoint[_CHECKPOINT_KEY]
+            self._restored_idle_adapter = self._restored is None
 
     def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy:
         if trainer.ckpt_path is not None and self._restored is None:

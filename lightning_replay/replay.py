@@ -71,8 +71,8 @@ class SelfGeneratedReplay(Callback):
         refill_rows: Rows to sample at a time. Larger refills sample faster and need more memory for keys and values.
         temperature: Sampling temperature.
         sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; called with
-            the :class:`~lightning_replay.LanguageModel`, prompts of shape ``(rows, prompt length)``, the row length
-            and a CPU generator, it returns token ids of shape ``(rows, up to the row length)``.
+            the :class:`~lightning_replay.LanguageModel`, prompts of shape ``(samples, prompt length)``, the sample
+            length and a CPU generator, it returns token ids of shape ``(samples, sample length)``.
         tokenizer: Decodes the previews and tells the start token. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default its
@@ -146,6 +146,7 @@ class SelfGeneratedReplay(Callback):
         self._sampling_seconds = 0.0
         self._model: LanguageModel | None = None
         self._data: ReplayDataModule | None = None
+        self._own_buffer: ReplayBuffer | None = None
         self._last_loss: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -169,6 +170,8 @@ class SelfGeneratedReplay(Callback):
         data = self._data
         if data is None or not data.replay_fraction:
             return
+        if trainer.ckpt_path is None and data.buffer is self._own_buffer:
+            data.buffer = None  # what an earlier fit left in it came from another reference
         self._model = model = find_language_model(pl_module, self.language_model)
         if self.seed is None:
             self.seed = torch.initial_seed()
@@ -266,8 +269,9 @@ class SelfGeneratedReplay(Callback):
             self._last_loss = loss.detach()
             return _with_added_loss(output, self.coefficient * loss)
 
+        of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
-        self._undo.append(functools.partial(pl_module.__dict__.pop, "training_step"))
+        self._undo.append(functools.partial(_restore_training_step, pl_module, of_instance))
 
     def _replay_loss(self, trainer: pl.Trainer, model: LanguageModel, logits: Tensor, rows: ReplayRows) -> Tensor:
         if self.loss == "ntp":
@@ -286,7 +290,7 @@ class SelfGeneratedReplay(Callback):
             length = self.sequence_length or row_length(batch)
             self._check_length(length, model)
             order = _stream(self.seed, trainer.global_rank, 0)
-            data.buffer = ReplayBuffer(self.refill_rows, length, seed=order.initial_seed())
+            data.buffer = self._own_buffer = ReplayBuffer(self.refill_rows, length, seed=order.initial_seed())
         length = data.buffer.length
         piece = self.sample_length or length * (2 if self._cuts(length, model) else 1)
         pieces = max(1, min(self.refill_rows, data.buffer.capacity) * length // piece)
@@ -300,7 +304,7 @@ class SelfGeneratedReplay(Callback):
                 rows = self.sampler(active, prompts, piece, generator)
             else:
                 rows = sample_rows(active, prompts, piece, generator, temperature=self.temperature, progress=advance)
-        if piece > length:
+        if rows.shape[1] > length:
             rows = rows.reshape(-1, length)
         data.buffer.add(rows)
         seconds = time.perf_counter() - started
@@ -386,6 +390,13 @@ def _replay_datamodule(trainer: pl.Trainer) -> ReplayDataModule:
             "your data: `trainer.fit(module, datamodule=ReplayDataModule(your_datamodule_or_loader))`."
         )
     return data
+
+
+def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> None:
+    """Give back the step that the instance had of its own, or else that of its class."""
+    del pl_module.training_step
+    if of_instance is not None:
+        pl_module.training_step = of_instance  # type: ignore[method-assign]
 
 
 def _disconnect(data: ReplayDataModule) -> None:

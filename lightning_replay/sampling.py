@@ -12,7 +12,7 @@ __all__ = ["Sampler", "sample_rows", "start_token"]
 
 Sampler = Callable[[LanguageModel, Tensor, int, torch.Generator], Tensor]
 """Called with the model (in evaluation mode, without gradients), prompts of shape ``(rows, prompt length)``, the
-length of a row and a CPU generator; returns the rows, prompts included, shape ``(rows, up to length)``."""
+length of a sample and a CPU generator; returns the samples, prompts included, shape ``(rows, length)``."""
 
 
 def sample_rows(
