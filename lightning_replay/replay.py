@@ -2,8 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -15,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_replay.batches import row_length
@@ -24,6 +22,7 @@ from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.joint_forward import joint_forward
 from lightning_replay.language_model import LanguageModel, find_language_model
 from lightning_replay.losses import forward_kl, next_token_loss
+from lightning_replay.progress import refill_bar
 from lightning_replay.reference import LiveModel, ReferenceKeeper, ReferenceModel
 from lightning_replay.sampling import Sampler, sample_rows, start_token
 
@@ -299,7 +298,7 @@ class SelfGeneratedReplay(Callback):
         self._refills += 1
         generator = _stream(self.seed, trainer.global_rank, self._refills)
         started = time.perf_counter()
-        with isolate_rng(), source.active() as active, _progress_bar(trainer, pieces * piece) as advance:
+        with isolate_rng(), source.active() as active, refill_bar(trainer, pieces * piece) as advance:
             if self.sampler is not None:
                 rows = self.sampler(active, prompts, piece, generator)
             else:
@@ -423,13 +422,3 @@ def _with_added_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, Mapping):
         return {**output, "loss": output["loss"] + loss}
     return output + loss
-
-
-@contextmanager
-def _progress_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any]]:
-    """A bar for refills that take more than two seconds, where the Trainer shows bars at all."""
-    hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
-    with tqdm(
-        total=tokens, desc="Sampling replay rows", unit=" tokens", unit_scale=True, delay=2, leave=False, disable=hidden
-    ) as bar:
-        yield bar.update
