@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_replay.buffer import ReplayRows
 
-__all__ = ["crop_batch", "inputs_and_targets", "join_rows", "row_count", "row_length"]
+__all__ = ["crop_batch", "inputs_and_targets", "join_rows", "row_count", "row_length", "rows_of"]
 
 PaddingSide = Literal["left", "right"]
 
@@ -127,9 +127,10 @@ def _join_mapping(
             f"to the batch, or set `sequence_length={tokens.shape[1]}`."
         )
     mask = _aligned(rows.mask.long(), rows, side, 0)
+    labels = rows.tokens if rows.targets is None else rows.tokens.masked_fill(~rows.targets, ignore_index)
     ours = {
         "input_ids": (_aligned(rows.tokens, rows, side, pad_token_id), pad_token_id),
-        "labels": (_aligned(rows.tokens, rows, side, ignore_index), ignore_index),
+        "labels": (_aligned(labels, rows, side, ignore_index), ignore_index),
         "attention_mask": (mask, 0),
         "position_ids": ((mask.cumsum(1) - 1).clamp(min=0), 0),
         "token_type_ids": (torch.zeros_like(mask), 0),
@@ -207,3 +208,32 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     if labels is None:
         labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
     return tokens, mask, F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def rows_of(batch: Any) -> ReplayRows:
+    """The rows of a batch as rows to replay: padding moved to the right, and as targets what the batch has as targets.
+
+    Args:
+        batch: A mapping with ``input_ids`` (and ``labels`` and ``attention_mask`` where present), a
+            ``(tokens, targets)`` pair, or a tensor of tokens.
+
+    Raises:
+        TypeError: If the batch is of another kind.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+        >>> rows_of(batch).tokens, rows_of(batch).lengths
+        (tensor([[5, 6, 0]]), tensor([2]))
+    """
+    tokens, mask, targets = inputs_and_targets(batch)
+    if isinstance(batch, (tuple, list)):
+        # The last target is the row's last token; one that is left out is not known.
+        tokens = torch.cat([tokens, targets[:, -1:].clamp(min=0)], 1)
+    else:
+        targets = targets[:, :-1]
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    if isinstance(batch, (tuple, list)):
+        real[:, -1] = targets[:, -1] >= 0
+    is_target = F.pad(targets >= 0, (1, 0), value=True)
+    order = (~real).long().argsort(dim=1, stable=True)
+    return ReplayRows(tokens.gather(1, order), real.sum(1), (is_target & real).gather(1, order))

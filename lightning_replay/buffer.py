@@ -1,15 +1,18 @@
 """The replay buffer: rows of tokens in preallocated CPU memory. It knows nothing of Lightning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["ReplayBuffer", "ReplayRows"]
 
 Policy = Literal["fifo", "reservoir"]
-_FORMAT = 1
+_FORMAT = 2
+_READABLE = (1, _FORMAT)
+_ROWS = ("tokens", "lengths", "steps", "top_ids", "top_log_probs")
 
 
 class ReplayRows(NamedTuple):
@@ -18,6 +21,13 @@ class ReplayRows(NamedTuple):
     Attributes:
         tokens: Token ids, shape ``(rows, length)``, ``int64``. What stands past a row's length is padding.
         lengths: Number of real tokens in each row, shape ``(rows,)``, ``int64``.
+        targets: True on the tokens that a replay loss is taken on, shape ``(rows, length)``; None for all real ones.
+        top_ids: The reference's likeliest next tokens after each token but the last, shape
+            ``(rows, length - 1, k)``; None where they are not cached.
+        top_log_probs: Their log-probabilities and, last, that of all other tokens together, shape
+            ``(rows, length - 1, k + 1)``.
+        uses: How often each row has been drawn, this time included, shape ``(rows,)``; None outside a buffer.
+        steps: The optimizer step at which each row was added, shape ``(rows,)``; None outside a buffer.
 
     Example:
         >>> rows = ReplayRows(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]))
@@ -31,6 +41,11 @@ class ReplayRows(NamedTuple):
 
     tokens: Tensor
     lengths: Tensor
+    targets: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
+    uses: Tensor | None = None
+    steps: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -39,17 +54,36 @@ class ReplayRows(NamedTuple):
 
     @property
     def targets_mask(self) -> Tensor:
-        """True where the next token is a real one, shape ``(rows, length - 1)``: the positions a loss is taken at."""
-        return self.mask[:, 1:]
+        """True where the next token is a target, shape ``(rows, length - 1)``: the positions a loss is taken at."""
+        mask = self.mask if self.targets is None else self.mask & self.targets
+        return mask[:, 1:]
 
     @classmethod
     def cat(cls, parts: Sequence["ReplayRows"]) -> "ReplayRows":
-        """Rows of one length, one after another."""
-        return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.lengths for part in parts]))
+        """Rows one after another, padded to the length of the longest; what one part lacks, the whole lacks."""
+        length = max(part.tokens.shape[1] for part in parts)
+        columns = zip(*(part.widened(length) for part in parts), strict=True)
+        return cls(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "ReplayRows":
         """The same rows on ``device``."""
-        return ReplayRows(self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+        return ReplayRows(*(part if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
+
+    def take(self, rows: Tensor) -> "ReplayRows":
+        """Some of the rows, by their numbers or by a mask of shape ``(rows,)``."""
+        return ReplayRows(*(part if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+
+    def widened(self, length: int) -> "ReplayRows":
+        """The same rows, padded to ``length`` tokens."""
+        missing = length - self.tokens.shape[1]
+        if not missing:
+            return self
+        return self._replace(
+            tokens=F.pad(self.tokens, (0, missing)),
+            targets=None if self.targets is None else F.pad(self.targets, (0, missing)),
+            top_ids=None if self.top_ids is None else F.pad(self.top_ids, (0, 0, 0, missing)),
+            top_log_probs=None if self.top_log_probs is None else F.pad(self.top_log_probs, (0, 0, 0, missing)),
+        )
 
 
 class ReplayBuffer:
@@ -61,6 +95,8 @@ class ReplayBuffer:
 
     All randomness comes from the buffer's own generator; torch's global random state is never touched.
 
+    A token takes 4 bytes, its place among the targets included, and each cached log-probability 6.
+
     Args:
         capacity: The number of rows it holds at most.
         length: Tokens in a row. Shorter rows are padded, longer ones refused.
@@ -68,9 +104,10 @@ class ReplayBuffer:
             or the new one itself, so that at any time the buffer is a uniform sample of all rows ever added
             (Vitter 1985, algorithm R).
         seed: Seed of the order in which rows are drawn and, with ``"reservoir"``, of what is kept.
+        top_k: How many of the reference's likeliest tokens are kept with each position; 0 for none.
 
     Raises:
-        ValueError: If ``capacity`` is below 1, ``length`` below 2, or ``policy`` is unknown.
+        ValueError: If ``capacity`` is below 1, ``length`` below 2, ``top_k`` below 0, or ``policy`` is unknown.
 
     Example:
         >>> buffer = ReplayBuffer(capacity=4, length=3)
@@ -83,20 +120,29 @@ class ReplayBuffer:
         0
     """
 
-    def __init__(self, capacity: int, length: int, policy: Policy = "fifo", seed: int = 0) -> None:
+    def __init__(self, capacity: int, length: int, policy: Policy = "fifo", seed: int = 0, top_k: int = 0) -> None:
         if capacity < 1:
             raise ValueError(f"`capacity` is the number of rows that the buffer holds, at least 1; got {capacity}.")
         if length < 2:
             raise ValueError(f"`length` is the number of tokens in a row, at least 2; got {length}.")
         if policy not in get_args(Policy):
             raise ValueError(f"`policy` is one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}.")
+        if top_k < 0:
+            raise ValueError(f"`top_k` is how many log-probabilities to keep with a token, at least 0; got {top_k}.")
         self.capacity = capacity
         self.length = length
         self.policy: Policy = policy
+        self.top_k = top_k
         self._generator = torch.Generator().manual_seed(seed)
+        # A token that is no target stands as its bitwise complement, so that the mask takes no memory of its own.
         self._tokens = torch.zeros(capacity, length, dtype=torch.int32)
         self._lengths = torch.zeros(capacity, dtype=torch.int32)
+        self._uses = torch.zeros(capacity, dtype=torch.int32)
+        self._steps = torch.zeros(capacity, dtype=torch.int64)
+        self._top_ids = torch.zeros(capacity, length - 1, top_k, dtype=torch.int32)
+        self._top_log_probs = torch.zeros(capacity, length - 1, top_k + 1 if top_k else 0, dtype=torch.float16)
         self._seen = 0
+        self._passes = 0
         # Slots that the pass under way has not drawn yet, in the (random) order in which it will, from the end.
         self._deck = torch.empty(0, dtype=torch.int64)
 
@@ -112,32 +158,46 @@ class ReplayBuffer:
     @property
     def max_token(self) -> int:
         """The largest token id held; -1 when empty."""
-        return int(self._tokens[: len(self)].max()) if len(self) else -1
+        return int(_ids(self._tokens[: len(self)]).max()) if len(self) else -1
 
-    def add(self, tokens: Tensor, lengths: Tensor | None = None) -> None:
+    def left(self, uses: int) -> int:
+        """How many rows can be drawn until each has been ``uses`` times since rows were last added."""
+        return max(0, len(self._deck) + (uses - 1 - self._passes) * len(self))
+
+    def add(self, rows: Tensor | ReplayRows, lengths: Tensor | None = None, step: int = 0) -> None:
         """Store rows, in order.
 
         Args:
-            tokens: Token ids, shape ``(rows, length)``, any integer type. Rows narrower than the buffer's are
-                padded on the right.
-            lengths: Real tokens in each row, shape ``(rows,)``. All of the row if left out.
+            rows: Token ids, shape ``(rows, length)``, any integer type; or :class:`ReplayRows`, with targets and
+                cached log-probabilities where they have them. Rows narrower than the buffer's are padded on the right.
+            lengths: Real tokens in each row of a tensor, shape ``(rows,)``. All of the row if left out.
+            step: The optimizer step at which they are added.
 
         Raises:
-            ValueError: If the shapes don't fit, an id is negative, or a length is outside ``[1, length]``.
+            ValueError: If the shapes don't fit, an id is negative, a length is outside ``[1, length]``, or the
+                log-probabilities are not those that the buffer keeps.
         """
-        self._check(tokens, lengths)
-        rows, width = tokens.shape
-        if lengths is None:
-            lengths = torch.full((rows,), width)
-        slots, kept = self._slots(rows)
-        self._tokens[slots, :width] = tokens[kept].to("cpu", torch.int32)
-        self._tokens[slots, width:] = 0
-        self._lengths[slots] = lengths[kept].to("cpu", torch.int32)
-        self._seen += rows
+        if isinstance(rows, Tensor):
+            rows = ReplayRows(rows, torch.full(rows.shape[:1], rows.shape[-1]) if lengths is None else lengths)
+        self._check(rows)
+        arrived = len(rows.tokens)
+        slots, kept = self._slots(arrived)
+        rows = rows.to(torch.device("cpu")).take(kept).widened(self.length)
+        targets = rows.mask if rows.targets is None else rows.mask & rows.targets
+        tokens = rows.tokens.masked_fill(~rows.mask, 0).to(torch.int32)
+        self._tokens[slots] = torch.where(targets, tokens, ~tokens)
+        self._lengths[slots] = rows.lengths.to(torch.int32)
+        self._uses[slots] = 0
+        self._steps[slots] = step
+        if rows.top_ids is not None and rows.top_log_probs is not None:
+            self._top_ids[slots] = rows.top_ids.to(torch.int32)
+            self._top_log_probs[slots] = rows.top_log_probs.to(torch.float16)
+        self._seen += arrived
         waiting = torch.zeros(self.capacity, dtype=torch.bool)
         waiting[self._deck] = True
         waiting[slots] = True
         self._deck = self._shuffled(waiting.nonzero().squeeze(1))
+        self._passes = 0
 
     def draw(self, rows: int) -> ReplayRows:
         """Take rows at random, without replacement within a pass.
@@ -163,48 +223,100 @@ class ReplayBuffer:
         while missing:
             if not len(self._deck):
                 self._deck = self._shuffled(torch.arange(len(self)))
+                self._passes += 1
             drawn.append(self._deck[-missing:])
             self._deck = self._deck[:-missing]
             missing = rows - sum(map(len, drawn))
         slots = torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.int64)
-        return ReplayRows(self._tokens[slots].long(), self._lengths[slots].long())
+        self._uses.index_add_(0, slots, torch.ones(len(slots), dtype=torch.int32))
+        stored = self._tokens[slots]
+        return ReplayRows(
+            tokens=_ids(stored).long(),
+            lengths=self._lengths[slots].long(),
+            targets=stored >= 0,
+            top_ids=self._top_ids[slots].long() if self.top_k else None,
+            top_log_probs=self._top_log_probs[slots] if self.top_k else None,
+            uses=self._uses[slots],
+            steps=self._steps[slots],
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on as if nothing had happened: tensors, numbers and strings only."""
+    def with_cache(self, cache: Callable[[ReplayRows], ReplayRows]) -> "ReplayBuffer":
+        """A buffer of the same rows in the same state that keeps cached log-probabilities as well.
+
+        Args:
+            cache: Returns the rows it is given with ``top_ids`` and ``top_log_probs``.
+        """
         filled = len(self)
-        return {
+        stored = self._tokens[:filled]
+        rows = cache(ReplayRows(_ids(stored).long(), self._lengths[:filled].long(), stored >= 0))
+        assert rows.top_ids is not None
+        assert rows.top_log_probs is not None
+        cached = {
+            "top_k": rows.top_ids.shape[2],
+            "top_ids": rows.top_ids.to(torch.int32),
+            "top_log_probs": rows.top_log_probs.to(torch.float16),
+        }
+        return self.from_state_dict(self.state_dict() | cached)
+
+    def state_dict(self, rows: bool = True) -> dict[str, Any]:
+        """Everything that is needed to go on as if nothing had happened: tensors, numbers and strings only.
+
+        Args:
+            rows: Whether the rows are included. Without them, the state fits a buffer that holds the same rows.
+        """
+        filled = len(self)
+        state = {
             "format": _FORMAT,
             "capacity": self.capacity,
             "length": self.length,
             "policy": self.policy,
+            "top_k": self.top_k,
             "seen": self._seen,
-            "tokens": self._tokens[:filled].clone(),
-            "lengths": self._lengths[:filled].clone(),
+            "passes": self._passes,
+            "uses": self._uses[:filled].clone(),
             "deck": self._deck.clone(),
             "generator": self._generator.get_state(),
         }
+        if rows:
+            state |= {name: getattr(self, f"_{name}")[:filled].clone() for name in _ROWS}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned, now or in an earlier version of its format.
 
         Raises:
-            ValueError: If the state was made by a buffer of another capacity, length, policy or format.
+            ValueError: If the state was made by a buffer of another capacity, length, policy or cache, or by a
+                later version.
         """
-        ours = {"format": _FORMAT, "capacity": self.capacity, "length": self.length, "policy": self.policy}
-        theirs = {key: state.get(key) for key in ours}
+        if state.get("format") not in _READABLE:
+            raise ValueError(
+                f"The saved replay buffer has format {state.get('format')!r}; this version of lightning-replay reads "
+                f"{' and '.join(map(str, _READABLE))}. Load it with the version that wrote it."
+            )
+        ours = {"capacity": self.capacity, "length": self.length, "policy": self.policy, "top_k": self.top_k}
+        theirs = {"top_k": 0} | {key: state[key] for key in ours if key in state}
         if ours != theirs:
             raise ValueError(f"The saved replay buffer is {theirs}, this one is {ours}: make it like the saved one.")
-        filled = len(state["tokens"])
-        self._tokens.zero_()[:filled] = state["tokens"]
-        self._lengths.zero_()[:filled] = state["lengths"]
+        filled = min(state["seen"], self.capacity)
+        if "tokens" not in state and filled != len(self):
+            raise ValueError(
+                f"The saved state is that of a buffer of {filled} rows, saved without them, and this one holds "
+                f"{len(self)}: fill it with the same rows first."
+            )
+        # Format 1 knew neither targets (each token was one) nor uses, steps and cached log-probabilities.
+        for name in ("uses", *(_ROWS if "tokens" in state else ())):
+            column: Tensor = getattr(self, f"_{name}").zero_()
+            if name in state:
+                column[:filled] = state[name]
         self._seen = state["seen"]
+        self._passes = state.get("passes", 0)
         self._deck = state["deck"].clone()
         self._generator.set_state(state["generator"].cpu())
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "ReplayBuffer":
         """A new buffer in the state that :meth:`state_dict` returned."""
-        buffer = cls(state["capacity"], state["length"], state["policy"])
+        buffer = cls(state["capacity"], state["length"], state["policy"], top_k=state.get("top_k", 0))
         buffer.load_state_dict(state)
         return buffer
 
@@ -227,7 +339,8 @@ class ReplayBuffer:
     def _shuffled(self, slots: Tensor) -> Tensor:
         return slots[torch.randperm(len(slots), generator=self._generator)]
 
-    def _check(self, tokens: Tensor, lengths: Tensor | None) -> None:
+    def _check(self, rows: ReplayRows) -> None:
+        tokens, lengths = rows.tokens, rows.lengths
         if tokens.dim() != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.length:
             raise ValueError(
                 f"The buffer takes integer ids of shape (rows, up to {self.length}); "
@@ -235,9 +348,16 @@ class ReplayBuffer:
             )
         if tokens.numel() and int(tokens.min()) < 0:
             raise ValueError(f"Token ids are at least 0; got {int(tokens.min())}.")
-        if lengths is None:
-            return
         if lengths.shape != tokens.shape[:1]:
             raise ValueError(f"`lengths` has one number for each of {len(tokens)} rows; got {tuple(lengths.shape)}.")
         if lengths.numel() and not (int(lengths.min()) >= 1 and int(lengths.max()) <= tokens.shape[1]):
             raise ValueError(f"Lengths of rows of {tokens.shape[1]} tokens lie in 1 to that; got {lengths.tolist()}.")
+        if rows.targets is not None and rows.targets.shape != tokens.shape:
+            raise ValueError(f"`targets` has the tokens' shape {tuple(tokens.shape)}; got {tuple(rows.targets.shape)}.")
+        cached = 0 if rows.top_ids is None else rows.top_ids.shape[-1]
+        if cached != self.top_k:
+            raise ValueError(f"The buffer keeps {self.top_k} log-probabilities a position; the rows have {cached}.")
+
+
+def _ids(stored: Tensor) -> Tensor:
+    return torch.where(stored < 0, ~stored, stored)

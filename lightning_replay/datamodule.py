@@ -9,9 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count
+from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 
 __all__ = ["ReplayDataModule"]
@@ -42,6 +43,11 @@ class ReplayDataModule(pl.LightningDataModule):
             in fractions of a row is carried to the next.
         mode: ``"append"`` keeps every new row and adds to them; ``"replace"`` keeps the batch size: the last
             new rows give way, at least one stays.
+        prior: Real prior rows, where you have some: a :class:`ReplayBuffer`, a tensor of token rows, or a dataloader
+            of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
+            at 4 bytes a token. A row is drawn again when all have been.
+        prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
+            buffer's. With 1, nothing is sampled.
         buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
             rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them.
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
@@ -52,7 +58,8 @@ class ReplayDataModule(pl.LightningDataModule):
 
     Raises:
         TypeError: If ``data`` is neither a datamodule nor iterable.
-        ValueError: If ``replay_fraction`` is outside [0, 1), or ``mode`` or ``padding_side`` is unknown.
+        ValueError: If ``replay_fraction`` is outside [0, 1) or ``prior_share`` outside (0, 1], or ``mode`` or
+            ``padding_side`` is unknown; at the start of the fit, if ``prior`` holds no row.
 
     Example:
         >>> import torch
@@ -67,6 +74,8 @@ class ReplayDataModule(pl.LightningDataModule):
         replay_fraction: float = 0.2,
         mode: Mode = "append",
         buffer: ReplayBuffer | None = None,
+        prior: ReplayBuffer | Tensor | Iterable[Any] | None = None,
+        prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
         to_batch: Callable[[Any, ReplayRows], Any] | None = None,
@@ -80,6 +89,10 @@ class ReplayDataModule(pl.LightningDataModule):
             raise ValueError(f"`mode` is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
         if padding_side not in (None, *get_args(PaddingSide)):
             raise ValueError(f"`padding_side` is 'left', 'right' or None; got {padding_side!r}.")
+        if not 0 < prior_share <= 1:
+            raise ValueError(
+                f"`prior_share` is the share of replay rows that are real, above 0 and up to 1; got {prior_share}."
+            )
         if not isinstance(data, (pl.LightningDataModule, Iterable)):
             raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
         self.wrapped = data if isinstance(data, pl.LightningDataModule) else _TrainLoader(data)
@@ -90,9 +103,14 @@ class ReplayDataModule(pl.LightningDataModule):
         self.to_batch = to_batch
         self.refill: Callable[[Any], None] | None = None
         """Called with the batch of new rows when every row of the buffer has been used and more are needed."""
+        self.uses_per_sample: int | None = 1
+        """How often a row is drawn before it is replaced; None if there is nothing to replace it with."""
         self.joins_batch = True
-        """Whether drawn rows join the batch; where not, they stand in :attr:`drawn` until somebody takes them."""
+        """Whether drawn rows join the batch; where not, somebody else sees to it that they are trained on."""
         self.drawn: ReplayRows | None = None
+        """The replay rows of the batch that was last made ready for training."""
+        self.prior: ReplayBuffer | None = None
+        """Real prior rows, from the start of the fit on."""
 
         tokenizer = getattr(self.wrapped, "tokenizer", None)
         tokenizer_side: PaddingSide = getattr(tokenizer, "padding_side", "right")
@@ -100,9 +118,12 @@ class ReplayDataModule(pl.LightningDataModule):
         own_padding = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
         self.pad_token_id: int = own_padding or 0
 
+        self._prior = prior
         self._share = Fraction(replay_fraction).limit_denominator(1_000_000)
+        self._prior_share = Fraction(prior_share).limit_denominator(1_000_000)
         self._new_rows = 0
         self._replay_rows = 0
+        self._prior_rows = 0
 
         # An attribute of the instance counts as an override for Lightning, so exactly the hooks that the wrapped
         # datamodule has are seen, and the module keeps its own where the wrapped datamodule has none.
@@ -142,6 +163,8 @@ class ReplayDataModule(pl.LightningDataModule):
                     "`training_step(dataloader_iter)` fetches its batches past the batch-transfer hooks, where replay "
                     "rows are mixed in. Write it as `training_step(batch, batch_idx)`."
                 )
+        if stage == "fit" and self._prior is not None and self.prior is None:
+            self.prior = _read(self._prior)
         self.wrapped.setup(stage)
 
     @override
@@ -169,6 +192,9 @@ class ReplayDataModule(pl.LightningDataModule):
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
             "new_rows": self._new_rows,
             "replay_rows": self._replay_rows,
+            "prior_rows": self._prior_rows,
+            # Rows can be read again; what a reference said of them can't.
+            "prior": None if self.prior is None else self.prior.state_dict(rows=self.prior.top_k > 0),
             "wrapped": self.wrapped.state_dict(),
         }
 
@@ -181,10 +207,17 @@ class ReplayDataModule(pl.LightningDataModule):
                 self.buffer.load_state_dict(state_dict["buffer"])
         self._new_rows = state_dict["new_rows"]
         self._replay_rows = state_dict["replay_rows"]
+        self._prior_rows = state_dict["prior_rows"]
+        prior = state_dict["prior"]
+        if prior is not None and "tokens" in prior:
+            self.prior = ReplayBuffer.from_state_dict(prior)
+        elif prior is not None and self.prior is not None:
+            self.prior.load_state_dict(prior)
         self.wrapped.load_state_dict(state_dict["wrapped"])
 
     def _mix(self, batch: Any) -> Any:
-        if not self.replay_fraction or (self.refill is None and not self.buffer):
+        self.drawn = None
+        if not self.replay_fraction or (self.refill is None and not self.buffer and not self.prior):
             return batch
         total = self._count(batch)
         kept, replayed = self._shares(total)
@@ -192,9 +225,8 @@ class ReplayDataModule(pl.LightningDataModule):
             batch = crop_batch(batch, kept)
         if not replayed:
             return batch
-        rows = self._draw(replayed, batch)
+        rows = self.drawn = self._draw(replayed, batch)
         if not self.joins_batch:
-            self.drawn = rows
             return batch
         if self.to_batch is not None:
             return self.to_batch(batch, rows)
@@ -227,19 +259,57 @@ class ReplayDataModule(pl.LightningDataModule):
         return total - owed, owed
 
     def _draw(self, rows: int, batch: Any) -> ReplayRows:
-        """Draw rows, refilling the buffer just when its last unused one is gone."""
-        if self.refill is None:
-            assert self.buffer is not None
-            return self.buffer.draw(rows)
-        drawn: list[ReplayRows] = []
-        missing = rows
+        """Draw rows, real ones as their share is and the others from the buffer."""
+        parts: list[ReplayRows] = []
+        real = self._real_rows(rows)
+        if real:
+            assert self.prior is not None
+            parts.append(self.prior.draw(real))
+        missing = rows - real
         while missing:
-            if self.buffer is None or not self.buffer.unused:
+            if not self._left(missing):  # refilled just when its last row is used up
+                assert self.refill is not None
                 self.refill(batch)
-                assert self.buffer is not None
-            drawn.append(self.buffer.draw(min(missing, self.buffer.unused)))
-            missing -= len(drawn[-1].tokens)
-        return ReplayRows.cat(drawn)
+            assert self.buffer is not None
+            parts.append(self.buffer.draw(min(missing, self._left(missing))))
+            missing -= len(parts[-1].tokens)
+        return ReplayRows.cat(parts)
+
+    def _left(self, wanted: int) -> int:
+        """How many of the rows wanted the buffer has to give."""
+        if not self.buffer:
+            return 0
+        if self.refill is None or self.uses_per_sample is None:
+            return wanted
+        return self.buffer.left(self.uses_per_sample)
+
+    def _real_rows(self, rows: int) -> int:
+        if self.prior is None:
+            return 0
+        if self.refill is None and not self.buffer:
+            return rows
+        self._prior_rows += rows
+        drawn = int((self._prior_rows - rows) * self._prior_share)
+        return int(self._prior_rows * self._prior_share) - drawn
+
+
+def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:
+    """Real prior rows in a buffer of their own.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(prior, ReplayBuffer):
+        return prior
+    batches = [prior] if isinstance(prior, Tensor) else prior
+    parts = [rows_of(batch) for batch in batches]
+    if not any(int(part.lengths.sum()) for part in parts):
+        raise ValueError("`prior` holds no row to replay. Pass a loader or a tensor with at least one row of tokens.")
+    rows = ReplayRows.cat(parts)
+    rows = rows.take(rows.lengths > 0)
+    buffer = ReplayBuffer(*rows.tokens.shape)
+    buffer.add(rows)
+    return buffer
 
 
 class _TrainLoader(pl.LightningDataModule):

@@ -44,8 +44,8 @@ class ForgettingMonitor(Callback):
             the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor of tokens.
         every_n_steps: Optimizer steps between measurements; 0 for fit start and end alone.
         max_batches: How many batches of each set to read at most; all of them by default.
-        kl: Whether to measure ``prior_kl``. It needs the model at fit start: shared with
-            :class:`~lightning_replay.SelfGeneratedReplay`, free for fresh PEFT adapters, else a copy of the weights.
+        kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
+            :class:`~lightning_replay.SelfGeneratedReplay` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
             left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
 
@@ -102,7 +102,7 @@ class ForgettingMonitor(Callback):
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
-        self._own_reference.release()
+        self._own_reference.begin_fit()
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
         if shared:
@@ -216,10 +216,10 @@ class ForgettingMonitor(Callback):
         return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
 
     def _keeper(self, trainer: pl.Trainer) -> ReferenceKeeper:
-        """The replay callback's reference where there is one, so that no second copy is kept."""
+        """The replay callback's reference where that is the model at fit start, so that no second copy is kept."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        replays = (callback for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
-        return next((replay.reference for replay in replays), self._own_reference)
+        keepers = (callback.reference for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
+        return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
 
 
 def _value(metric: Metric) -> float:

@@ -4,6 +4,8 @@ Joining replay rows to the user's batch would change what the user's own code se
 from the input ids would train on them, a metric would count them, `self.log` would infer another batch size. So for
 losses of our own the rows travel with the model's call instead: a pre-hook appends them to the inputs, a hook takes
 their logits out of the output, and `training_step` sees the batch and the output it would see without replay.
+
+Learning without forgetting needs no rows but the logits of the user's own: the same hooks, and nothing is changed.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from lightning_replay.language_model import LanguageModel, argument_names, find_logits
 
-__all__ = ["JointForward", "joint_forward"]
+__all__ = ["JointForward", "ObservedForward", "joint_forward", "observed_forward"]
 
 _LABELS = frozenset({"labels", "targets", "target"})
 
@@ -143,3 +145,50 @@ def joint_forward(model: LanguageModel, tokens: Tensor, ignore_index: int = -100
     finally:
         for handle in handles:
             handle.remove()
+
+
+class ObservedForward:
+    """What the model was asked and what it answered.
+
+    Attributes:
+        logits: The logits of the first call that gradients flow through, with their graph; None as long as there was
+            none.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.logits: Tensor | None = None
+        self._names = argument_names(model.module)
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+
+    def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: keep arguments and logits."""
+        if self.logits is None and torch.is_grad_enabled():
+            self.logits, self._args, self._kwargs = find_logits(output), args, kwargs
+
+    def argument(self, *names: str) -> Tensor | None:
+        """The first of these arguments of the call that is a tensor of the logits' rows and positions."""
+        assert self.logits is not None
+        arguments = dict(zip(self._names, self._args, strict=False)) | self._kwargs
+        for name in names:
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and value.shape == self.logits.shape[:2]:
+                return value
+        return None
+
+    def ask(self, model: LanguageModel) -> Tensor:
+        """What another model says to the same call, where the first model's logits are."""
+        assert self.logits is not None
+        args, kwargs = apply_to_collection((self._args, self._kwargs), Tensor, lambda value: value.to(model.device))
+        return find_logits(model.module(*args, **kwargs)).to(self.logits.device)
+
+
+@contextmanager
+def observed_forward(model: LanguageModel) -> Iterator[ObservedForward]:
+    """Keep what the model is asked and answers, in its next call that gradients flow through."""
+    record = ObservedForward(model)
+    handle = model.module.register_forward_hook(record.observe, with_kwargs=True)
+    try:
+        yield record
+    finally:
+        handle.remove()

@@ -48,16 +48,16 @@ class LanguageModel:
         """Next-token logits of every position.
 
         Args:
-            tokens: Token ids, shape ``(rows, length)``.
+            tokens: Token ids, shape ``(rows, length)``, on any device.
             attention_mask: Non-zero on real tokens, the same shape. Left out of the call if None.
 
         Returns:
-            Shape ``(rows, length, vocabulary)``, in the module's own type.
+            Shape ``(rows, length, vocabulary)``, in the module's own type, where the tokens are.
         """
-        options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         if self.has_cache:
             options["use_cache"] = False
-        return find_logits(self.module(tokens, **options))
+        return find_logits(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
 
 @contextmanager

@@ -1,37 +1,58 @@
 """Replay losses: pure functions of tensors, usable in any training loop."""
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["forward_kl", "next_token_loss"]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "divergence_from_top_k",
+    "forward_kl",
+    "jensen_shannon",
+    "next_token_loss",
+    "reverse_kl",
+    "top_k_log_probs",
+]
+
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+Reduction = Literal["mean", "none"]
+
+_NEVER = -1e30
+"""Log-probability of the impossible: finite, so that zero times it is zero and not NaN."""
 
 
 def forward_kl(
     logits: Tensor,
     reference_logits: Tensor,
     mask: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
+    temperature: float = 1.0,
 ) -> Tensor:
     r"""Forward KL divergence KL(π‖θ) from the reference π to the model θ, in nats, averaged over positions.
 
     .. math:: \frac{1}{|M|}\sum_{t \in M} \sum_v \pi_t(v)\,\bigl(\log \pi_t(v) - \log p_t(v)\bigr)
 
-    Over the full vocabulary, at temperature 1, in 32-bit floats whatever the logits' type
-    (the regularizer ``kl_pre`` of arXiv 2605.26097).
+    Over the full vocabulary, in 32-bit floats whatever the logits' type
+    (the regularizer ``kl_pre`` of arXiv 2605.26097, there at temperature 1).
 
     Args:
         logits: The model's logits, shape ``(rows, positions, vocabulary)``.
         reference_logits: The reference's, the same shape. No gradient flows into them.
         mask: True at the positions M to average over, shape ``(rows, positions)``. All of them if left out.
         reduction: ``"mean"`` over the mask, or ``"none"`` for the divergence at every position, mask or not.
+        temperature: Divides both logits. The gradient shrinks with its square (Hinton et al. 2015), which a
+            coefficient can make up for; nothing here does.
 
     Returns:
         A scalar, zero where the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -40,15 +61,137 @@ def forward_kl(
         >>> forward_kl(model, reference)  # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75)
         tensor(0.1438)
     """
-    if logits.shape != reference_logits.shape:
+    return _divergence("forward", logits, reference_logits, mask, reduction, temperature)
+
+
+def reverse_kl(
+    logits: Tensor,
+    reference_logits: Tensor,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Reverse KL divergence KL(θ‖π) from the model θ to the reference π, in nats, averaged over positions.
+
+    .. math:: \frac{1}{|M|}\sum_{t \in M} \sum_v p_t(v)\,\bigl(\log p_t(v) - \log \pi_t(v)\bigr)
+
+    It punishes what the model says and the reference would not; what the reference says and the model has dropped
+    costs little. Arguments, return value and errors are those of :func:`forward_kl`.
+
+    Example:
+        >>> import torch
+        >>> reference = torch.tensor([[[0.5, 0.5]]]).log()
+        >>> model = torch.tensor([[[0.25, 0.75]]]).log()
+        >>> reverse_kl(model, reference)  # 0.25 ln(0.25 / 0.5) + 0.75 ln(0.75 / 0.5)
+        tensor(0.1308)
+    """
+    return _divergence("reverse", logits, reference_logits, mask, reduction, temperature)
+
+
+def jensen_shannon(
+    logits: Tensor,
+    reference_logits: Tensor,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Jensen–Shannon divergence of model and reference, in nats, averaged over positions; at most ln 2 at each.
+
+    .. math:: \tfrac12 \mathrm{KL}(\pi \,\|\, m) + \tfrac12 \mathrm{KL}(p \,\|\, m), \quad m = \tfrac12 (\pi + p)
+
+    (Lin 1991.) Arguments, return value and errors are those of :func:`forward_kl`.
+
+    Example:
+        >>> import torch
+        >>> reference = torch.tensor([[[1.0, 0.0]]]).log()
+        >>> model = torch.tensor([[[0.0, 1.0]]]).log()
+        >>> jensen_shannon(model, reference)  # nothing in common: ln 2
+        tensor(0.6931)
+    """
+    return _divergence("jensen_shannon", logits, reference_logits, mask, reduction, temperature)
+
+
+def top_k_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The ``k`` likeliest tokens of each position and a bucket for all the others: what a cached reference keeps.
+
+    Args:
+        logits: Shape ``(rows, positions, vocabulary)``.
+        k: How many tokens; no more than the vocabulary has.
+        temperature: Divides the logits.
+
+    Returns:
+        Token ids, shape ``(rows, positions, k)``, and log-probabilities in 32-bit floats, shape
+        ``(rows, positions, k + 1)``; the last one is that of all other tokens together.
+
+    Raises:
+        ValueError: If ``k`` is not from 1 to the vocabulary's size, or ``temperature`` not above 0.
+
+    Example:
+        >>> import torch
+        >>> ids, log_probs = top_k_log_probs(torch.tensor([[[0.5, 0.1, 0.4]]]).log(), k=1)
+        >>> ids, log_probs.exp()
+        (tensor([[[0]]]), tensor([[[0.5000, 0.5000]]]))
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"`k` is from 1 to the vocabulary's {logits.shape[-1]} tokens; got {k}.")
+    ids = logits.topk(k, dim=-1).indices
+    return ids, _buckets(logits, ids, temperature)
+
+
+def divergence_from_top_k(
+    logits: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    kind: Divergence = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Divergence from a reference of which the ``k`` likeliest tokens and the tail's sum are known.
+
+    Both distributions are taken over ``k + 1`` buckets: the reference's likeliest tokens, each its own bucket, and
+    all others together. Merging outcomes never increases a divergence (the data-processing inequality), so this is
+    a **lower bound** of the one over the full vocabulary. For the forward KL what is missing is exactly
+
+    .. math:: \pi_t(\text{tail}) \cdot \mathrm{KL}\bigl(\pi_t(\cdot \mid \text{tail}) \,\|\,
+        p_t(\cdot \mid \text{tail})\bigr)
+
+    With ``k`` equal to the vocabulary nothing is missing.
+
+    Args:
+        logits: The model's logits, shape ``(rows, positions, vocabulary)``.
+        ids: The reference's likeliest tokens, shape ``(rows, positions, k)``.
+        log_probs: Their log-probabilities and the tail's, shape ``(rows, positions, k + 1)``, as
+            :func:`top_k_log_probs` gives. Normalised here, so rounded ones (16 bits) will do.
+        mask: True at the positions to average over, shape ``(rows, positions)``. All of them if left out.
+        reduction: ``"mean"`` over the mask, or ``"none"`` for the divergence at every position.
+        kind: ``"forward"``, ``"reverse"`` or ``"jensen_shannon"``.
+        temperature: Divides the model's logits; that of the reference's when they were cached.
+
+    Returns:
+        A scalar, zero where the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
+
+    Raises:
+        ValueError: If the shapes don't fit or ``temperature`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> reference = torch.tensor([[[0.5, 0.3, 0.2]]]).log()
+        >>> model = torch.tensor([[[0.4, 0.3, 0.3]]]).log()
+        >>> forward_kl(model, reference), divergence_from_top_k(model, *top_k_log_probs(reference, k=1))
+        (tensor(0.0305), tensor(0.0204))
+    """
+    if ids.shape[:-1] != logits.shape[:-1] or log_probs.shape != (*ids.shape[:-1], ids.shape[-1] + 1):
         raise ValueError(
-            f"Model and reference give logits of one shape; got {tuple(logits.shape)} "
-            f"and {tuple(reference_logits.shape)}."
+            f"Logits of shape {tuple(logits.shape)} go with k ids and k + 1 log-probabilities a position; got ids of "
+            f"shape {tuple(ids.shape)} and log-probabilities of shape {tuple(log_probs.shape)}."
         )
-    log_probs = logits.float().log_softmax(-1)
-    reference_log_probs = reference_logits.detach().float().log_softmax(-1)
-    divergence = F.kl_div(log_probs, reference_log_probs, reduction="none", log_target=True).sum(-1)
-    return divergence if reduction == "none" else _mean(divergence, mask)
+    reference = _log_probs(log_probs.detach(), temperature=1.0)
+    ours = _buckets(logits, ids.long(), temperature)
+    if ids.shape[-1] == logits.shape[-1]:  # no token is left for the tail
+        reference, ours = reference[..., :-1], ours[..., :-1]
+    values = DIVERGENCES[kind](ours, reference)
+    return values if reduction == "none" else _mean(values, mask)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -82,6 +225,60 @@ def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None)
         )
     losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
     return _mean(losses.view_as(targets), mask)
+
+
+def _kl(of: Tensor, given: Tensor) -> Tensor:
+    return F.kl_div(given, of, reduction="none", log_target=True).sum(-1)
+
+
+def _jensen_shannon(ours: Tensor, reference: Tensor) -> Tensor:
+    middle = torch.logaddexp(ours, reference) - math.log(2)
+    return 0.5 * (_kl(reference, middle) + _kl(ours, middle))
+
+
+DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward": lambda ours, reference: _kl(reference, ours),
+    "reverse": _kl,
+    "jensen_shannon": _jensen_shannon,
+}
+"""Divergences of log-probabilities, ours and the reference's, over the last dimension."""
+
+
+def _divergence(
+    kind: Divergence,
+    logits: Tensor,
+    reference_logits: Tensor,
+    mask: Tensor | None,
+    reduction: Reduction,
+    temperature: float,
+) -> Tensor:
+    if logits.shape != reference_logits.shape:
+        raise ValueError(
+            f"Model and reference give logits of one shape; got {tuple(logits.shape)} "
+            f"and {tuple(reference_logits.shape)}."
+        )
+    ours, reference = _log_probs(logits, temperature), _log_probs(reference_logits.detach(), temperature)
+    values = DIVERGENCES[kind](ours, reference)
+    return values if reduction == "none" else _mean(values, mask)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    if not temperature > 0:
+        raise ValueError(f"`temperature` divides the logits and is above 0; got {temperature}.")
+    logits = logits.float()
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp(min=_NEVER)
+
+
+def _buckets(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of the tokens ``ids`` and, last, of all other tokens together."""
+    log_probs = _log_probs(logits, temperature)
+    chosen = log_probs.gather(-1, ids)
+    if ids.shape[-1] == logits.shape[-1]:
+        tail = torch.full_like(chosen[..., :1], _NEVER)
+    else:
+        # Not as 1 - sum: where the tail is small, that would be rounding error alone.
+        tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=_NEVER)
+    return torch.cat([chosen, tail], -1)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
-"""The models that replay rows come from and are compared with: the model before finetuning, or as it trains."""
+"""The models that rows come from and are compared with: before finetuning, as it trains, or an average of the way."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from lightning_replay.language_model import LanguageModel, evaluating, is_adapted
 
-__all__ = ["DisabledAdapter", "FrozenCopy", "LiveModel", "ReferenceKeeper", "ReferenceModel", "adapter_is_idle"]
+__all__ = [
+    "DisabledAdapter",
+    "FrozenCopy",
+    "LiveModel",
+    "MovingAverage",
+    "ReferenceKeeper",
+    "ReferenceModel",
+    "adapter_is_idle",
+]
+
+Reference = Literal["auto", "copy", "adapter", "cached", "ema"]
+ReferenceFrom = Literal["fit", "first"]
 
 _CHECKPOINT_KEY = "lightning_replay_reference"
 
@@ -42,11 +53,19 @@ class FrozenCopy:
     """A copy of the model's weights as they are now: exact for every model, at the price of a second one in memory.
 
     It is nobody's submodule, so optimizers, strategies and checkpoints of the user's module don't see it.
+
+    Args:
+        model: The model to copy.
+        dtype: What the copy's weights are kept in; by default as the model's. Half the bits take half the memory, and
+            what they round away is no longer protected.
+        device: Where the copy is kept; by default where the model is. Tokens go there and logits come back.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(
+        self, model: LanguageModel, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
         module = deepcopy(model.module).eval().requires_grad_(False)
-        self._model = model.on(module)
+        self._model = model.on(module.to(device=device, dtype=dtype))
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
@@ -62,6 +81,38 @@ class FrozenCopy:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put other weights in the copy's place."""
         self._model.module.load_state_dict(dict(state))
+
+
+class MovingAverage(FrozenCopy):
+    """An exponential moving average of the weights, as a reference that follows the model slowly.
+
+    It protects against sudden change: what the model loses within about ``1 / (1 - decay)`` steps is pulled back. It
+    does not protect against slow change: what has been lost for longer is lost to the average as well.
+
+    Args:
+        model: The model to follow.
+        decay: Share of the average that an update keeps.
+        dtype: As for :class:`FrozenCopy`; 16 bits round small updates away.
+        device: As for :class:`FrozenCopy`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        decay: float,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(model, dtype, device)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: LanguageModel) -> None:
+        """Take a step towards the model's weights: average ← decay · average + (1 - decay) · weights."""
+        for average, weight in zip(self._model.module.parameters(), model.module.parameters(), strict=True):
+            average.lerp_(weight.to(average), 1 - self.decay)
+        for ours, theirs in zip(self._model.module.buffers(), model.module.buffers(), strict=True):
+            ours.copy_(theirs)
 
 
 class DisabledAdapter:
@@ -86,33 +137,89 @@ class DisabledAdapter:
 class ReferenceKeeper:
     """Takes the reference model π at the start of a fit and carries it through checkpoints.
 
-    A fresh PEFT adapter is switched off; every other model is copied. After a resume, π is the saved one: the
-    weights that the checkpoint brings are half trained.
+    With ``"auto"``, a fresh PEFT adapter is switched off, and every other model is copied. Log-probabilities are cached
+    only where that is asked for: they are exact for the likeliest tokens alone, and without an adapter to switch off
+    they end the supply of fresh rows. After a resume, π is the saved one: the weights that the checkpoint brings are
+    half trained.
+
+    Args:
+        kind: ``"auto"``, ``"copy"``, ``"adapter"``, ``"ema"`` or ``"cached"``, for which nothing is kept here unless an
+            adapter can be switched off.
+        dtype: Of a copy.
+        device: Of a copy.
+        since: ``"fit"`` takes π again in each fit, ``"first"`` keeps the first fit's.
+        ema_decay: Decay of ``"ema"``.
+
+    Raises:
+        ValueError: If an argument is not one of those named, or ``ema_decay`` is outside [0, 1).
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        kind: Reference = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        since: ReferenceFrom = "fit",
+        ema_decay: float = 0.999,
+    ) -> None:
+        if kind not in get_args(Reference):
+            raise ValueError(f"`reference` is one of {', '.join(map(repr, get_args(Reference)))}; got {kind!r}.")
+        if since not in get_args(ReferenceFrom):
+            raise ValueError(f"`reference_from` is 'fit' or 'first'; got {since!r}.")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` is the share that the average keeps, from 0 to below 1; got {ema_decay}.")
+        self.kind: Reference = kind
+        self.dtype = dtype
+        self.device = device
+        self.since: ReferenceFrom = since
+        self.ema_decay = ema_decay
         self._reference: FrozenCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None
+        self._restored_idle_adapter = False
+
+    @property
+    def is_model_at_fit_start(self) -> bool:
+        """Whether what is kept here is the model as it was when the fit began, on every input."""
+        return self.kind in ("auto", "copy", "adapter") and self.since == "fit" and self.dtype is None
+
+    def begin_fit(self) -> None:
+        """Forget the last fit's reference, unless the first one's is to be kept."""
+        if self.since == "fit":
+            self._reference = None
+        self._restored = None
         self._restored_idle_adapter = False
 
     def get(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
         """The reference; taken from the model if this fit has none yet.
 
         Raises:
-            MisconfigurationException: If the run resumes from a checkpoint that holds no reference.
+            MisconfigurationException: If the run resumes from a checkpoint that holds no reference, or
+                ``"adapter"`` was asked for and there is none to switch off.
         """
         if self._reference is None:
-            # After a resume the adapter is trained, but the base under it is still the reference.
-            if self._restored_idle_adapter or adapter_is_idle(model):
-                self._reference = DisabledAdapter(model)
-            else:
-                self._reference = self._copy(trainer, model)
+            self._reference = self.adapter(model)
+        if self._reference is None:
+            if self.kind == "adapter":
+                raise MisconfigurationException(
+                    f"`reference='adapter'` switches a fresh PEFT adapter off, but {type(model.module).__name__} has "
+                    "none, or it has been trained before, or weights under it train as well. Use `reference='copy'`."
+                )
+            self._reference = self._copy(trainer, model)
         return self._reference
 
-    def release(self) -> None:
-        """Forget the reference; the next fit takes its own."""
-        self._reference = self._restored = None
-        self._restored_idle_adapter = False
+    def adapter(self, model: LanguageModel) -> DisabledAdapter | None:
+        """The model with its adapters off, where that is the reference and this kind of reference may be that."""
+        if isinstance(self._reference, DisabledAdapter):
+            return self._reference
+        if self.kind in ("copy", "ema"):
+            return None
+        # After a resume the adapter is trained, but the base under it is still the reference.
+        return DisabledAdapter(model) if self._restored_idle_adapter or adapter_is_idle(model) else None
+
+    def follow(self, model: LanguageModel) -> None:
+        """Let a moving average take its step; call it after each optimizer step."""
+        if isinstance(self._reference, MovingAverage):
+            self._reference.update(model)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
@@ -136,7 +243,10 @@ class ReferenceKeeper:
                 "weights. Resume from a full checkpoint of a run with replay, or load the weights into the module "
                 "and fit without `ckpt_path`: the reference is then the model as loaded."
             )
-        reference = FrozenCopy(model)
+        if self.kind == "ema":
+            reference: FrozenCopy = MovingAverage(model, self.ema_decay, self.dtype, self.device)
+        else:
+            reference = FrozenCopy(model, self.dtype, self.device)
         if self._restored is not None:
             reference.load_state_dict(self._restored)
             self._restored = None
@@ -158,6 +268,8 @@ def adapter_is_idle(model: LanguageModel) -> bool:
     with evaluating(model.module):
         now = model.logits(tokens)
     with DisabledAdapter(model).active() as base:
-        idle = torch.equal(now, base.logits(tokens))
+        before = base.logits(tokens)
+        # Not bit for bit: a fresh DoRA divides by the norm that it multiplies with.
+        idle = bool((now - before).abs().max() <= 16 * torch.finfo(now.dtype).eps * before.abs().max())
         # Switched off, PEFT freezes its adapters: what still trains now is a base weight.
         return idle and not any(parameter.requires_grad for parameter in model.module.parameters())

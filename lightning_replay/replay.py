@@ -1,13 +1,14 @@
 """The callback that replays the model's own samples."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -16,20 +17,35 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.batches import row_length
+from lightning_replay.batches import inputs_and_targets, row_count, row_length
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
-from lightning_replay.joint_forward import joint_forward
+from lightning_replay.filters import Filter
+from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens, stream
+from lightning_replay.joint_forward import ObservedForward, joint_forward, observed_forward
 from lightning_replay.language_model import LanguageModel, find_language_model
-from lightning_replay.losses import forward_kl, next_token_loss
+from lightning_replay.losses import (
+    Divergence,
+    divergence_from_top_k,
+    forward_kl,
+    jensen_shannon,
+    next_token_loss,
+    reverse_kl,
+)
 from lightning_replay.progress import refill_bar
-from lightning_replay.reference import LiveModel, ReferenceKeeper, ReferenceModel
-from lightning_replay.sampling import Sampler, sample_rows, start_token
+from lightning_replay.prompts import PromptsLike
+from lightning_replay.reference import LiveModel, Reference, ReferenceFrom, ReferenceKeeper, ReferenceModel
+from lightning_replay.sampling import Sampler
 
 __all__ = ["SelfGeneratedReplay"]
 
-Loss = Literal["kl", "ntp", "mixed"]
+Loss = Literal["kl", "ntp", "mixed", "lwf"]
 Source = Literal["reference", "live"]
+
+_REFILL_ROWS = 256
+"""Rows of a refill, where the user leaves it to us."""
+_CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
+"""Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 
 
 class SelfGeneratedReplay(Callback):
@@ -43,24 +59,54 @@ class SelfGeneratedReplay(Callback):
     to what ``training_step`` returns. The step itself is not edited: replay rows travel with the language model's
     forward, hidden from the user's code, so any loss, metric or logging in ``training_step`` is as it was.
 
-    Logged on every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/buffer_fill``
-    (share of the buffer that is filled), ``replay/sampling_seconds`` and ``replay/rows_sampled`` (totals so far).
-    A few samples of each refill go to TensorBoard and Weights & Biases as text.
+    Logged on every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
+    ``replay/buffer_fill`` (share of the buffer that is filled), ``replay/age`` (optimizer steps since the rows of this
+    step were sampled) and ``replay/uses`` (how often they have been drawn), ``replay/sampling_seconds``,
+    ``replay/rows_sampled`` and ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with
+    ``distinct_1`` and ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams
+    that repeat earlier ones), ``log_prob`` (nats a token under the model sampled, which is π for
+    ``source="reference"``), ``ended`` (share of samples with the end token) and ``length``; a few samples go to
+    TensorBoard and Weights & Biases as text.
 
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0. Sampling touches neither the global
         random state nor the modes of the model.
 
     Args:
-        loss: ``"kl"``: forward KL from the reference model to the trained one on replay rows, over the full
+        loss: ``"kl"``: divergence from the reference model to the trained one on replay rows, over the full
             vocabulary. ``"ntp"``: next-token loss on them. ``"mixed"``: rows join the batch, and the user's own loss
-            sees them; nothing is wrapped, and ``coefficient`` is not used.
-        coefficient: What the replay loss is multiplied by. High values protect more and slow the new task down.
-        source: Whose samples to replay. ``"reference"``: the model before finetuning, as the paper does.
-            ``"live"``: the model as it trains, which needs no second model for sampling, but replays
-            what it has forgotten less and less.
-        prompts: Token ids that rows begin with, all of one length; rows take them in turn, so each begins an even
-            share. By default the beginning-of-sequence token, else the end-of-text token.
+            sees them; nothing is wrapped, and ``coefficient`` is not used. ``"lwf"``: the divergence on the *new* rows
+            (learning without forgetting, Li & Hoiem 2016); there are no replay rows, so no sampling, and a
+            ``ReplayDataModule`` is not needed. It protects what the reference says of the new text, and prior text only
+            as far as that goes.
+        coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step. High values
+            protect more and slow the new task down.
+        source: Whose samples to replay. ``"reference"``: those of the reference model, as the paper does.
+            ``"live"``: the model as it trains. With ``"ntp"`` that needs no second model, but it replays what the model
+            still knows, so what is lost stays lost; with ``"kl"``, the divergence to the reference on such rows is an
+            anchor, which pulls back what has drifted wherever the model still goes.
+        divergence: ``"forward"``: KL(π‖θ). ``"reverse"``: KL(θ‖π). ``"jensen_shannon"``: the symmetric one of both.
+        divergence_temperature: Divides the logits of both models in the divergence.
+        reference: Which model is π. ``"auto"``: a fresh PEFT adapter switched off, which is exact and free; else
+            ``"copy"``. ``"copy"``: a frozen copy of the weights at fit start: exact, for the memory of a second model.
+            ``"adapter"``: the adapter switched off, or an error. ``"cached"``: log-probabilities kept beside the rows,
+            so that no second model and no reference forward is needed in training: exact for the ``reference_top_k``
+            likeliest tokens of a position, one figure for all others together. Without an adapter to switch off, all
+            rows are then sampled before the first step, as many as the run uses, and never replaced. ``"ema"``: an
+            exponential moving average of the weights, which protects against sudden change, not against slow change.
+        reference_dtype: What a copy's weights are kept in, as ``"bfloat16"``; by default as the model's.
+        reference_device: Where a copy is kept; by default where the model is.
+        reference_from: ``"fit"``: each ``trainer.fit`` takes π again, as the paper does for each task of a sequence.
+            ``"first"``: keep that of the first fit.
+        reference_top_k: Log-probabilities kept for each position with ``"cached"``, at 6 bytes each.
+        ema_decay: Share of the average that each optimizer step keeps, with ``"ema"``.
+        prompts: What samples begin with. By default the beginning-of-sequence token, else the end-of-text token. A
+            list of lists of token ids; a list of texts, or a column of a dataset; each in turn, in random order, so
+            that each begins an even share. ``"chat"``: the tokenizer's chat template up to the user's turn: the model
+            writes the instruction, and after the template's opening of the reply the answer, one conversation a row.
+            Replay losses are not taken on what the model was given.
+        loss_on: With ``prompts="chat"``, ``"sample"`` takes the replay loss on instruction and answer, ``"answer"``
+            on the answer alone.
         sequence_length: Tokens in a replay row. By default that of the rows in the first training batch, or of the
             datamodule's own buffer.
         sample_length: Tokens sampled in one piece, a multiple of the row's. Longer pieces are cut into rows, so that
@@ -68,11 +114,18 @@ class SelfGeneratedReplay(Callback):
             is not protected. By default two rows, where the model's context allows it and no prompts are given; with
             the row's own length every row begins with its prompt, as in the paper.
         refill_rows: Rows to sample at a time. Larger refills sample faster and need more memory for keys and values.
-        temperature: Sampling temperature.
-        sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; called with
-            the :class:`~lightning_replay.LanguageModel`, prompts of shape ``(samples, prompt length)``, the sample
-            length and a CPU generator, it returns token ids of shape ``(samples, sample length)``.
-        tokenizer: Decodes the previews and tells the start token. By default the datamodule's or the module's
+            ``"auto"``: 256, or all that the run uses where rows can't be replaced.
+        uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper.
+        temperature: Sampling temperature; 1, nothing truncated, is the model's own distribution.
+        top_k: Sample from the likeliest ``top_k`` tokens alone.
+        top_p: Sample from the likeliest tokens that together reach this probability.
+        min_p: Sample from tokens that reach this share of the likeliest one's probability.
+        stop_at_eos: Whether the end token ends a sample. By default it doesn't, as in the paper. Shorter samples
+            follow one another in a row, as documents in packed text do.
+        filters: Which samples to keep; see :mod:`lightning_replay.filters`.
+        sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; see
+            :data:`~lightning_replay.sampling.Sampler`. It sees to temperature, truncation and end tokens itself.
+        tokenizer: Decodes the previews and tells start and end tokens. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default its
             Hugging Face or PEFT model, else the child that holds all parameters, else the module itself.
@@ -83,7 +136,9 @@ class SelfGeneratedReplay(Callback):
     Raises:
         ValueError: If an argument is out of its range.
         MisconfigurationException: Before the first step, if the run can't work: no ``ReplayDataModule``, manual
-            optimization with ``"kl"`` or ``"ntp"``, no logits found, samples that don't fit the model.
+            optimization with a loss of ours, no logits found, samples that don't fit the model, a reference
+            that can't be had.
+        RuntimeError: If the filters drop every sample.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -94,13 +149,29 @@ class SelfGeneratedReplay(Callback):
     def __init__(
         self,
         loss: Loss = "kl",
-        coefficient: float = 10.0,
+        coefficient: float | Callable[[int], float] = 10.0,
         source: Source = "reference",
-        prompts: Sequence[Sequence[int]] | None = None,
+        *,
+        divergence: Divergence = "forward",
+        divergence_temperature: float = 1.0,
+        reference: Reference = "auto",
+        reference_dtype: str | torch.dtype | None = None,
+        reference_device: str | torch.device | None = None,
+        reference_from: ReferenceFrom = "fit",
+        reference_top_k: int = 64,
+        ema_decay: float = 0.999,
+        prompts: PromptsLike | None = None,
+        loss_on: LossOn = "sample",
         sequence_length: int | None = None,
         sample_length: int | None = None,
-        refill_rows: int = 256,
+        refill_rows: int | Literal["auto"] = "auto",
+        uses_per_sample: int = 1,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_at_eos: bool = False,
+        filters: Sequence[Filter] = (),
         sampler: Sampler | None = None,
         tokenizer: Any = None,
         language_model: str | None = None,
@@ -108,45 +179,52 @@ class SelfGeneratedReplay(Callback):
         previews: int = 3,
         seed: int | None = None,
     ) -> None:
-        if loss not in get_args(Loss):
-            raise ValueError(f"`loss` is one of {', '.join(map(repr, get_args(Loss)))}; got {loss!r}.")
-        if source not in get_args(Source):
-            raise ValueError(f"`source` is one of {', '.join(map(repr, get_args(Source)))}; got {source!r}.")
-        if not coefficient >= 0:
-            raise ValueError(f"`coefficient` is what the replay loss is multiplied by, at least 0; got {coefficient}.")
-        if refill_rows < 1:
+        _check_choice("loss", loss, Loss)
+        _check_choice("source", source, Source)
+        _check_choice("divergence", divergence, Divergence)
+        if not callable(coefficient):
+            _check_coefficient(coefficient, "`coefficient`")
+        if not divergence_temperature > 0:
+            raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature}.")
+        if refill_rows != "auto" and refill_rows < 1:
             raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows}.")
-        for name, tokens in {"sequence_length": sequence_length, "sample_length": sample_length}.items():
-            if tokens is not None and tokens < 2:
-                raise ValueError(f"`{name}` is a number of tokens, at least 2; got {tokens}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` is above 0; got {temperature}.")
-        if prompts is not None and (not prompts or len({len(prompt) for prompt in prompts}) != 1 or not prompts[0]):
-            raise ValueError(f"`prompts` is a list of lists of token ids, all of one length; got {prompts!r}.")
+        for name, number in {"uses_per_sample": uses_per_sample, "reference_top_k": reference_top_k}.items():
+            if number < 1:
+                raise ValueError(f"`{name}` is at least 1; got {number}.")
+        if sequence_length is not None and sequence_length < 2:
+            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length}.")
+        if reference == "cached" and (source == "live" or loss == "lwf"):
+            raise ValueError(
+                "`reference='cached'` keeps what the reference says of its own samples. Rows of "
+                f"{'the live model' if source == 'live' else 'the new task'} are not among them: use another reference."
+            )
         self.loss: Loss = loss
         self.coefficient = coefficient
         self.source: Source = source
-        self.prompts = prompts
+        self.divergence: Divergence = divergence
+        self.divergence_temperature = divergence_temperature
+        self.reference_top_k = reference_top_k
         self.sequence_length = sequence_length
-        self.sample_length = sample_length
         self.refill_rows = refill_rows
-        self.temperature = temperature
-        self.sampler = sampler
+        self.uses_per_sample = uses_per_sample
         self.tokenizer = tokenizer
         self.language_model = language_model
         self.ignore_index = ignore_index
         self.previews = previews
         self.seed = seed
-        self.reference = ReferenceKeeper()
+        self.reference = ReferenceKeeper(
+            reference, _dtype(reference_dtype), reference_device, reference_from, ema_decay
+        )
+        self.generator = RowGenerator(
+            prompts, sample_length, temperature, top_k, top_p, min_p, stop_at_eos, loss_on, filters, sampler
+        )
 
-        self._refills = 0
-        self._pieces_sampled = 0
-        self._rows_sampled = 0
-        self._sampling_seconds = 0.0
         self._model: LanguageModel | None = None
         self._data: ReplayDataModule | None = None
         self._own_buffer: ReplayBuffer | None = None
         self._last_loss: Tensor | None = None
+        self._last_coefficient = 0.0
+        self._followed_step = 0
         self._undo: list[Callable[[], None]] = []
 
     @override
@@ -154,50 +232,68 @@ class SelfGeneratedReplay(Callback):
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
-        self.reference.release()
-        self._data = _replay_datamodule(trainer)
+        self.reference.begin_fit()
+        self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
         if self.loss != "mixed" and not pl_module.automatic_optimization:
-            function = {"kl": forward_kl, "ntp": next_token_loss}[self.loss]
+            function = {"kl": "forward_kl", "lwf": "forward_kl", "ntp": "next_token_loss"}[self.loss]
             raise MisconfigurationException(
                 f"`loss={self.loss!r}` is added to the loss that `training_step` returns, but "
                 f"{type(pl_module).__name__} optimizes manually (`automatic_optimization=False`). Use `loss='mixed'` "
-                f"and add `lightning_replay.{function.__name__}` to your loss yourself where you want it."
+                f"and add `lightning_replay.{function}` to your loss yourself where you want it."
             )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = self._data
-        if data is None or not data.replay_fraction:
+        if self.loss != "lwf" and (data is None or not data.replay_fraction):
             return
-        if trainer.ckpt_path is None and data.buffer is self._own_buffer:
-            data.buffer = None  # what an earlier fit left in it came from another reference
         self._model = model = find_language_model(pl_module, self.language_model)
+        self._followed_step = trainer.global_step
+        if data is None:
+            self.reference.get(trainer, model)
+            self._wrap_training_step(trainer, pl_module, self._with_learning_without_forgetting)
+            return
         if self.seed is None:
             self.seed = torch.initial_seed()
-        source = LiveModel(model) if self.source == "live" else self.reference.get(trainer, model)
-        if self.loss == "kl":
+        if trainer.ckpt_path is None and data.buffer is self._own_buffer and self.reference.since == "fit":
+            data.buffer = None  # what an earlier fit left in it came from another reference
+        source = self._source(trainer, model)
+        if self.loss == "kl" and not self._caches:
             self.reference.get(trainer, model)
         self._check_fit(model, data)
+        if self._caches:
+            self._cache_prior(trainer, model, data, source)
 
         data.refill = functools.partial(self._refill, trainer, pl_module, source)
+        data.uses_per_sample = None if self._never_refills(model) else self.uses_per_sample
         data.joins_batch = self.loss == "mixed"
         self._undo.append(functools.partial(_disconnect, data))
         if self.loss != "mixed":
-            self._wrap_training_step(trainer, pl_module, model, data)
+            self._wrap_training_step(trainer, pl_module, self._with_replay_loss)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._model is None or self._data is None or self._data.buffer is None:
+        if self._model is None:
             return
-        values: dict[str, Any] = {
-            "replay/buffer_fill": len(self._data.buffer) / self._data.buffer.capacity,
-            "replay/sampling_seconds": self._sampling_seconds,
-            "replay/rows_sampled": float(self._rows_sampled),
-        }
+        if trainer.global_step != self._followed_step:  # several batches may end at one step
+            self._followed_step = trainer.global_step
+            self.reference.follow(self._model)
+        values: dict[str, Any] = {}
         if self._last_loss is not None:
-            values["replay/loss"] = self._last_loss
+            values |= {"replay/loss": self._last_loss, "replay/coefficient": self._last_coefficient}
+        if self._data is not None and self._data.buffer is not None:
+            buffer, drawn = self._data.buffer, self._data.drawn
+            values |= {
+                "replay/buffer_fill": len(buffer) / buffer.capacity,
+                "replay/sampling_seconds": self.generator.seconds,
+                "replay/rows_sampled": float(self.generator.rows),
+            }
+            values |= {f"replay/dropped/{name}": float(number) for name, number in self.generator.dropped.items()}
+            if drawn is not None and drawn.uses is not None and drawn.steps is not None:
+                values["replay/uses"] = float(drawn.uses.double().mean())
+                values["replay/age"] = trainer.global_step - float(drawn.steps.double().mean())
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     @override
@@ -222,24 +318,30 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "refills": self._refills,
-            "pieces_sampled": self._pieces_sampled,
-            "rows_sampled": self._rows_sampled,
-            "sampling_seconds": self._sampling_seconds,
-        }
+        return {"seed": self.seed, **self.generator.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
-        self._refills = state_dict["refills"]
-        self._pieces_sampled = state_dict["pieces_sampled"]
-        self._rows_sampled = state_dict["rows_sampled"]
-        self._sampling_seconds = state_dict["sampling_seconds"]
+        self.generator.load_state_dict(state_dict)
+
+    @property
+    def _caches(self) -> bool:
+        """Whether rows carry the reference's log-probabilities."""
+        return self.loss == "kl" and self.reference.kind == "cached"
+
+    def _never_refills(self, model: LanguageModel) -> bool:
+        """Whether the reference is gone as soon as the model trains, so that rows have to last."""
+        cached = self.reference.kind == "cached"
+        return cached and self.source == "reference" and self.reference.adapter(model) is None
+
+    def _source(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
+        if self.source == "live" or self._never_refills(model):
+            return LiveModel(model)
+        return self.reference.get(trainer, model)
 
     def _wrap_training_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, with_loss: Callable[..., tuple[Any, Tensor | None]]
     ) -> None:
         """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
 
@@ -250,34 +352,74 @@ class SelfGeneratedReplay(Callback):
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            rows, data.drawn = data.drawn, None
-            if rows is None:
-                return original(*args, **kwargs)
-            rows = rows.to(pl_module.device)
-            # The last token of a row predicts nothing in it.
-            with joint_forward(model, rows.tokens[:, :-1], self.ignore_index) as joint:
-                output = original(*args, **kwargs)
-            if output is None:  # Lightning's way to skip a step
-                return None
-            if joint.logits is None:
-                raise MisconfigurationException(
-                    f"`training_step` never called {type(model.module).__name__}, whose logits replay needs. Call the "
-                    "module itself, not its `forward`, or say with `language_model` which module it does call."
-                )
-            loss = self._replay_loss(trainer, model, joint.logits, rows)
-            self._last_loss = loss.detach()
-            return _with_added_loss(output, self.coefficient * loss)
+            output, loss = with_loss(trainer, functools.partial(original, *args, **kwargs), args[0])
+            if output is None or loss is None:  # None is Lightning's way to skip a step
+                return output
+            coefficient = self._coefficient(trainer.global_step)
+            self._last_loss, self._last_coefficient = loss.detach(), coefficient
+            return _with_added_loss(output, coefficient * loss)
 
         of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
         self._undo.append(functools.partial(_restore_training_step, pl_module, of_instance))
 
-    def _replay_loss(self, trainer: pl.Trainer, model: LanguageModel, logits: Tensor, rows: ReplayRows) -> Tensor:
+    def _with_replay_loss(self, trainer: pl.Trainer, step: Callable[[], Any], batch: Any) -> tuple[Any, Tensor | None]:
+        """What the user's step returns, and the loss on the rows drawn for it."""
+        model, data = self._model, self._data
+        assert model is not None
+        assert data is not None
+        if data.drawn is None:
+            return step(), None
+        rows = data.drawn.to(model.device)
+        # The last token of a row predicts nothing in it.
+        with joint_forward(model, rows.tokens[:, :-1], self.ignore_index) as joint:
+            output = step()
+        if output is None:
+            return None, None
+        if joint.logits is None:
+            raise _never_called(model)
         if self.loss == "ntp":
-            return next_token_loss(logits, rows.tokens[:, 1:], rows.targets_mask)
+            return output, next_token_loss(joint.logits, rows.tokens[:, 1:], rows.targets_mask)
+        if rows.top_ids is not None and rows.top_log_probs is not None:
+            return output, divergence_from_top_k(
+                joint.logits,
+                rows.top_ids,
+                rows.top_log_probs,
+                rows.targets_mask,
+                kind=self.divergence,
+                temperature=self.divergence_temperature,
+            )
         with self.reference.get(trainer, model).active() as reference:
             reference_logits = reference.logits(rows.tokens[:, :-1])
-        return forward_kl(logits, reference_logits, rows.targets_mask)
+        return output, self._divergence(joint.logits, reference_logits, rows.targets_mask)
+
+    def _with_learning_without_forgetting(
+        self, trainer: pl.Trainer, step: Callable[[], Any], batch: Any
+    ) -> tuple[Any, Tensor | None]:
+        """What the user's step returns, and the divergence on the rows of its own batch."""
+        model = self._model
+        assert model is not None
+        with observed_forward(model) as observed:
+            output = step()
+        if output is None:
+            return None, None
+        if observed.logits is None:
+            raise _never_called(model)
+        with self.reference.get(trainer, model).active() as reference:
+            reference_logits = observed.ask(reference)
+        mask = _new_targets(batch, observed, self.ignore_index)
+        return output, self._divergence(observed.logits, reference_logits, mask)
+
+    def _divergence(self, logits: Tensor, reference_logits: Tensor, mask: Tensor | None) -> Tensor:
+        function = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}[self.divergence]
+        return function(logits, reference_logits, mask, temperature=self.divergence_temperature)
+
+    def _coefficient(self, step: int) -> float:
+        if not callable(self.coefficient):
+            return self.coefficient
+        value = self.coefficient(step)
+        _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
+        return float(value)
 
     def _refill(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: ReferenceModel, batch: Any) -> None:
         """Sample rows and put them in the place of the used ones."""
@@ -286,40 +428,64 @@ class SelfGeneratedReplay(Callback):
         assert model is not None
         assert self.seed is not None
         if data.buffer is None:
-            length = self.sequence_length or row_length(batch)
-            self._check_length(length, model)
-            order = _stream(self.seed, trainer.global_rank, 0)
-            data.buffer = self._own_buffer = ReplayBuffer(self.refill_rows, length, seed=order.initial_seed())
-        length = data.buffer.length
-        piece = self.sample_length or length * (2 if self._cuts(length, model) else 1)
-        pieces = max(1, min(self.refill_rows, data.buffer.capacity) * length // piece)
-        prompts = self._prompts(model)
-        prompts = prompts[(self._pieces_sampled + torch.arange(pieces)) % len(prompts)]
-        self._refills += 1
-        generator = _stream(self.seed, trainer.global_rank, self._refills)
-        started = time.perf_counter()
-        with isolate_rng(), source.active() as active, refill_bar(trainer, pieces * piece) as advance:
-            if self.sampler is not None:
-                rows = self.sampler(active, prompts, piece, generator)
-            else:
-                rows = sample_rows(active, prompts, piece, generator, temperature=self.temperature, progress=advance)
-        if rows.shape[1] > length:
-            rows = rows.reshape(-1, length)
-        data.buffer.add(rows)
+            data.buffer = self._own_buffer = self._new_buffer(trainer, model, data, batch)
+        buffer, generator = data.buffer, self.generator
+        rows = min(buffer.capacity, _REFILL_ROWS if self.refill_rows == "auto" else self.refill_rows)
+        if self._never_refills(model):
+            rows = buffer.capacity
+            if trainer.ckpt_path is not None:
+                raise MisconfigurationException(
+                    f"`reference='cached'` samples all rows before the first step, but {trainer.ckpt_path}, from which "
+                    "the run resumes, holds none, and the model that they come from is gone. Resume from a full "
+                    "checkpoint, or use another reference."
+                )
+        started, first = time.perf_counter(), not generator.rows
+        key = (self.seed, trainer.global_rank)
+        with isolate_rng(), source.active() as active, refill_bar(trainer, rows * buffer.length) as advance:
+            made, quality = generator.generate(active, rows, buffer.length, key, advance)
+            if buffer.top_k:
+                made = cache_reference(active, made, buffer.top_k, self.divergence_temperature)
+        buffer.add(made, step=trainer.global_step)
         seconds = time.perf_counter() - started
-        if not self._rows_sampled:
-            speed = rows.numel() / seconds
+        generator.seconds += seconds
+        if first:
+            speed = made.tokens.numel() / seconds
             rank_zero_info(
-                f"Replay: sampled {len(rows)} rows of {length} tokens in {seconds:.1f} s ({speed:,.0f} tokens/s)."
+                f"Replay: sampled {len(made.tokens)} rows of {buffer.length} tokens in {seconds:.1f} s "
+                f"({speed:,.0f} tokens/s)."
             )
-        self._sampling_seconds += seconds
-        self._pieces_sampled += pieces
-        self._rows_sampled += len(rows)
-        self._log_previews(trainer, pl_module, rows[: self.previews])
+        values = {f"replay/quality/{name}": value for name, value in quality.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        self._log_previews(trainer, pl_module, made.take(torch.arange(min(self.previews, len(made.tokens)))))
 
-    def _cuts(self, length: int, model: LanguageModel) -> bool:
-        """Whether samples of two rows' length are cut in two, where the user has not said."""
-        return self.prompts is None and (model.context is None or 2 * length <= model.context)
+    def _new_buffer(
+        self, trainer: pl.Trainer, model: LanguageModel, data: ReplayDataModule, batch: Any
+    ) -> ReplayBuffer:
+        assert self.seed is not None
+        length = self.sequence_length or row_length(batch)
+        self.generator.check_length(length, model)
+        top_k = min(self.reference_top_k, model.vocabulary) if self._caches else 0
+        rows = _REFILL_ROWS if self.refill_rows == "auto" else self.refill_rows
+        if self.refill_rows == "auto" and self._never_refills(model):
+            affordable = _CACHED_BYTES // (length * (4 + 6 * top_k))
+            rows = max(1, min(_rows_of_the_run(trainer, data, batch) or _CACHED_ROWS, affordable))
+        order = stream(self.seed, trainer.global_rank, 0)
+        return ReplayBuffer(rows, length, seed=order.initial_seed(), top_k=top_k)
+
+    def _cache_prior(
+        self, trainer: pl.Trainer, model: LanguageModel, data: ReplayDataModule, source: ReferenceModel
+    ) -> None:
+        """Let real prior rows carry the reference's log-probabilities, as the sampled ones will."""
+        prior = data.prior
+        kept = trainer.ckpt_path is not None or self.reference.since == "first"
+        if prior is None or (prior.top_k and kept):
+            return
+        with isolate_rng(), source.active() as active:
+            data.prior = prior.with_cache(
+                lambda rows: cache_reference(active, rows, self.reference_top_k, self.divergence_temperature)
+            )
 
     def _check_fit(self, model: LanguageModel, data: ReplayDataModule) -> None:
         """Refuse samples that the model has no room or no tokens for."""
@@ -330,42 +496,27 @@ class SelfGeneratedReplay(Callback):
                 "tokens. Leave one of them out."
             )
         if buffer is not None:
-            _check_tokens(buffer.max_token, "The replay buffer holds", model)
+            check_tokens(buffer.max_token, "The replay buffer holds", model)
+        if data.prior is not None:
+            check_tokens(data.prior.max_token, "The prior rows hold", model)
+        self.generator.bind(model, self._find_tokenizer(data))
         length = buffer.length if buffer is not None else self.sequence_length
         if length is not None:
-            self._check_length(length, model)
-        _check_tokens(int(self._prompts(model).max()), "Prompts hold", model)
-
-    def _check_length(self, length: int, model: LanguageModel) -> None:
-        piece = self.sample_length or length
-        if piece % length:
+            self.generator.check_length(length, model)
+        if self._caches and buffer is not None and not buffer.top_k:
             raise MisconfigurationException(
-                f"`sample_length={piece}` is not a multiple of the {length} tokens of a replay row."
-            )
-        if model.context is not None and piece > model.context:
-            raise MisconfigurationException(
-                f"Samples of {piece} tokens don't fit {type(model.module).__name__}, which takes {model.context} at "
-                f"most. Set `sequence_length` (and `sample_length`) to {model.context} or fewer."
+                "`reference='cached'` keeps log-probabilities beside the rows, but the datamodule's buffer keeps "
+                f"none. Make it with `ReplayBuffer(..., top_k={self.reference_top_k})`, or leave it to the callback."
             )
 
-    def _prompts(self, model: LanguageModel) -> Tensor:
-        """What samples begin with, shape ``(prompts, length)``."""
-        if self.prompts is not None:
-            return torch.tensor([list(prompt) for prompt in self.prompts])
-        token = start_token(model, self._find_tokenizer())
-        if token is None:
-            raise MisconfigurationException(
-                "Samples begin with the beginning-of-sequence or end-of-text token, but neither a tokenizer nor the "
-                f"configuration of {type(model.module).__name__} tells which that is. Pass `prompts=[[token_id]]`."
-            )
-        return torch.tensor([[token]])
+    def _find_tokenizer(self, data: ReplayDataModule) -> Any:
+        return self.tokenizer if self.tokenizer is not None else getattr(data, "tokenizer", None)
 
-    def _find_tokenizer(self) -> Any:
-        return self.tokenizer if self.tokenizer is not None else getattr(self._data, "tokenizer", None)
-
-    def _log_previews(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tokens: Tensor) -> None:
-        tokenizer = self._find_tokenizer() or getattr(pl_module, "tokenizer", None)
-        texts = [tokenizer.decode(row) if tokenizer is not None else str(row) for row in tokens.tolist()]
+    def _log_previews(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: ReplayRows) -> None:
+        assert self._data is not None
+        tokenizer = self._find_tokenizer(self._data) or getattr(pl_module, "tokenizer", None)
+        samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
+        texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
         for logger in trainer.loggers if texts else ():
             if isinstance(logger, TensorBoardLogger):
                 fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
@@ -404,18 +555,60 @@ def _disconnect(data: ReplayDataModule) -> None:
     data.drawn = None
 
 
-def _check_tokens(largest: int, what: str, model: LanguageModel) -> None:
-    if largest >= model.vocabulary:
-        raise MisconfigurationException(
-            f"{what} the token id {largest}, but {type(model.module).__name__} has a vocabulary of "
-            f"{model.vocabulary}. Use rows and prompts made by its own tokenizer."
-        )
+def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
+    """How many replay rows the whole fit will draw, where its length is known."""
+    batches = float(trainer.num_training_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
+    total = min(batches * epochs, steps)
+    share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
+    return None if math.isinf(total) else math.ceil(total * row_count(batch) * share)
 
 
-def _stream(*key: int) -> torch.Generator:
-    """A generator of its own for each key, independent of the others and of the global random state."""
-    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+def _new_targets(batch: Any, observed: ObservedForward, ignore_index: int) -> Tensor | None:
+    """True where the next token of a new row is neither padding nor left out of the user's loss; None if unknown.
+
+    The batch knows best; where it is of a kind of its own, the arguments of the model's call may tell.
+    """
+    assert observed.logits is not None
+    rows, positions = observed.logits.shape[:2]
+    targets: Tensor | None
+    try:
+        targets = inputs_and_targets(batch)[2]
+    except TypeError:
+        targets = observed.argument("labels")
+        attention = observed.argument("attention_mask")
+        if targets is None and attention is not None:
+            targets = attention.long() - 1  # padding counts as left out
+        targets = None if targets is None else F.pad(targets[:, 1:], (0, 1), value=-100)
+    if targets is None or len(targets) != rows or targets.shape[1] < positions:
+        return None
+    targets = targets[:, :positions]
+    return (targets >= 0) & (targets != ignore_index)
+
+
+def _never_called(model: LanguageModel) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`training_step` never called {type(model.module).__name__}, whose logits replay needs. Call the "
+        "module itself, not its `forward`, or say with `language_model` which module it does call."
+    )
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
+
+
+def _check_coefficient(value: Any, what: str) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`reference_dtype` is a floating-point type of torch, such as 'bfloat16'; got {given!r}.")
+    return dtype
 
 
 def _with_added_loss(output: Any, loss: Tensor) -> Any:

@@ -1,92 +1,250 @@
-"""Sampling rows from a language model's own distribution: temperature 1, nothing truncated, always the full length."""
+"""Sampling from a language model: by default from exactly its own distribution, and always the full length."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lightning_replay.language_model import LanguageModel
 
-__all__ = ["Sampler", "sample_rows", "start_token"]
+__all__ = ["Sampler", "Samples", "sample_rows", "start_token", "stop_tokens", "truncation"]
 
-Sampler = Callable[[LanguageModel, Tensor, int, torch.Generator], Tensor]
-"""Called with the model (in evaluation mode, without gradients), prompts of shape ``(rows, prompt length)``, the
-length of a sample and a CPU generator; returns the samples, prompts included, shape ``(rows, length)``."""
+_LOOK_EVERY = 16
+"""Positions after which it is looked whether every sample has stopped; looking waits for the device."""
+
+
+class Samples(NamedTuple):
+    """Samples of a language model, padded on the right.
+
+    Attributes:
+        tokens: Token ids, prompts included, shape ``(samples, length)``; 0 past a sample's end.
+        lengths: Real tokens in each, shape ``(samples,)``.
+        drawn: True on tokens that the model drew, False on what it was given and on padding; the tokens' shape.
+        log_probs: Log-probability of each drawn token under the model as it is (temperature 1, nothing
+            truncated), in nats, 0 elsewhere; the tokens' shape. None where the sampler doesn't tell.
+        replies: Where in each sample the reply begins, shape ``(samples,)``: ``length`` where it never does. None
+            without a reply.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    drawn: Tensor
+    log_probs: Tensor | None = None
+    replies: Tensor | None = None
+
+    def take(self, samples: Tensor) -> "Samples":
+        """Some of them, by number or by a mask of shape ``(samples,)``."""
+        return Samples(*(part if part is None else part[samples] for part in self))  # type: ignore[arg-type]
+
+
+Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Tensor | Samples]
+"""Called with the model (in evaluation mode, without gradients), a prompt for each sample, the length of a sample and
+a CPU generator; returns the samples, prompts included: token ids of shape ``(samples, length)``, or :class:`Samples`
+where they are shorter or where their log-probabilities are known."""
 
 
 def sample_rows(
     model: LanguageModel,
-    prompts: Tensor,
+    prompts: Tensor | Sequence[Sequence[int]],
     length: int,
     generator: torch.Generator,
     *,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[int] = (),
+    reply: Sequence[int] = (),
+    batch_size: int | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> Tensor:
-    """Continue prompts with tokens drawn from exactly the model's distribution.
+) -> Samples:
+    """Continue prompts with tokens drawn from the model's distribution, by default exactly and to the full length.
 
-    The end token does not stop a row (as in arXiv 2605.26097). All random numbers are drawn first, on the CPU, so a
-    row depends on the generator's state and its place alone, whatever the device. A model that keeps keys and values
-    is called on one token at a time; any other on the whole prefix, which costs ``length`` / 2 times as much.
+    All random numbers are drawn first, on the CPU, so a sample depends on the generator's state and its place alone,
+    whatever the device and the batch size. A model that keeps keys and values is called on one token at a time; any
+    other on the whole prefix, which costs ``length`` / 2 times as much. Prompts of different lengths are read token
+    by token where others are drawn already, so nothing is padded on the left.
 
     Args:
         model: The model to sample, in evaluation mode.
-        prompts: Token ids that the rows begin with, shape ``(rows, prompt length)``, at least one token each.
-        length: Tokens in a row, the prompt included.
+        prompts: Token ids that each sample begins with, at least one each.
+        length: Tokens in a sample at most, the prompt included.
         generator: The source of randomness, on the CPU. The global random state is not touched.
         temperature: Divides the logits; 1 leaves the distribution as it is.
-        progress: Called with the number of rows after each token that was drawn for them.
+        top_k: Draw from the likeliest ``top_k`` tokens alone.
+        top_p: Draw from the likeliest tokens that together reach this probability, after ``top_k``.
+        min_p: Draw from tokens that reach this share of the likeliest one's probability, after ``top_p``.
+        stop: Tokens that end a sample. By default none does (as in arXiv 2605.26097).
+        reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
+            reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
+            and ``stop`` ends the second turn.
+        batch_size: Samples decoded at a time; all at once by default.
+        progress: Called with the number of tokens drawn since it was last called.
 
     Returns:
-        Token ids, shape ``(rows, length)``, on the model's device.
+        The samples, on the model's device.
 
     Raises:
-        ValueError: If the prompts are empty or longer than ``length``, or ``temperature`` is not above 0.
+        ValueError: If a prompt is empty or as long as ``length``, or a number is out of its range.
         FloatingPointError: If the model gives NaN or infinite logits.
     """
-    rows, prompt_length = prompts.shape
-    if not 1 <= prompt_length <= length:
-        raise ValueError(f"Prompts have 1 to {length} tokens in rows of {length}; got {prompt_length}.")
-    if temperature <= 0:
-        raise ValueError(f"`temperature` is above 0; got {temperature}.")
-    device = model.device
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    uniforms = torch.rand(length - prompt_length, rows, 1, generator=generator, dtype=torch.float64)
-    uniforms = uniforms.to(device, precision)
-    tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
-    tokens[:, :prompt_length] = prompts.to(device)
-    sane = torch.ones((), dtype=torch.bool, device=device)
-    cache: Any = None
-    for position in range(prompt_length, length):
-        if model.has_cache:
-            unread = tokens[:, :position] if cache is None else tokens[:, position - 1 : position]
-            output = model.module(unread, past_key_values=cache, use_cache=True)
-            logits, cache = output.logits[:, -1], output.past_key_values
-        else:
-            logits = model.logits(tokens[:, :position])[:, -1]
-        # Inverse transform sampling: the first token whose cumulative probability exceeds a uniform number. It draws
-        # from the same distribution as `torch.multinomial`, without a random number for each token of the vocabulary.
-        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=precision)
-        total = cumulative[:, -1:]
-        sane &= total.isfinite().all()
-        drawn = torch.searchsorted(cumulative, uniforms[position - prompt_length] * total, right=True)
-        tokens[:, position : position + 1] = drawn.clamp_(max=model.vocabulary - 1)
-        if progress is not None:
-            progress(rows)
-    if not sane:
-        raise FloatingPointError("The model gave NaN or infinite logits while replay rows were sampled from it.")
-    return tokens
+    starts = [[int(token) for token in prompt] for prompt in prompts]
+    shortest, longest = min(map(len, starts)), max(map(len, starts))
+    if not 1 <= shortest <= longest <= length:
+        raise ValueError(f"Prompts have 1 to {length} tokens in samples of {length}; got {shortest} to {longest}.")
+    warp = truncation(temperature, top_k, top_p, min_p)
+    # -1 stands where a token is to be drawn.
+    given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
+    uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
+    parts = [
+        _decode(model, given[some], uniforms[some], warp, stop, reply, progress)
+        for some in torch.arange(len(starts)).split(batch_size or len(starts))  # type: ignore[no-untyped-call]
+    ]
+    return Samples(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def start_token(model: LanguageModel, tokenizer: Any = None) -> int | None:
     """The token that a row begins with: beginning of sequence, else end of text (as GPT-2 does), else None."""
-    sources = (tokenizer, getattr(model.module, "config", None))
     for name in ("bos_token_id", "eos_token_id"):
-        for source in sources:
-            token = getattr(source, name, None)
-            if isinstance(token, (list, tuple)):
-                token = token[0] if token else None
-            if token is not None:
-                return int(token)
+        tokens = _special_tokens(name, tokenizer, model)
+        if tokens:
+            return tokens[0]
     return None
+
+
+def stop_tokens(model: LanguageModel, tokenizer: Any = None) -> list[int]:
+    """The tokens that end a text: the tokenizer's and those of the model's configurations, if any."""
+    return sorted(set(_special_tokens("eos_token_id", tokenizer, model)))
+
+
+def _special_tokens(name: str, tokenizer: Any, model: LanguageModel) -> list[int]:
+    """What tokenizer, configuration and generation configuration say, in this order."""
+    holders = (tokenizer, getattr(model.module, "config", None), getattr(model.module, "generation_config", None))
+    found = [getattr(holder, name, None) for holder in holders]
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in found if value is not None]
+    return [int(token) for tokens in lists for token in tokens]
+
+
+def truncation(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Any:
+    """What turns logits into those to draw from; None where that is nothing.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` is above 0; got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"`top_k` is how many tokens to draw from, at least 1; got {top_k}.")
+    for name, share in {"top_p": top_p, "min_p": min_p}.items():
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"`{name}` is a probability above 0; got {share}.")
+    truncations = LogitsProcessorList()
+    if top_k is not None:
+        truncations.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        truncations.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        truncations.append(MinPLogitsWarper(min_p))
+    if temperature == 1 and not truncations:
+        return None
+    return lambda logits: truncations(None, logits / temperature)
+
+
+def _decode(
+    model: LanguageModel,
+    given: Tensor,
+    uniforms: Tensor,
+    warp: Any,
+    stop: Sequence[int],
+    reply: Sequence[int],
+    progress: Callable[[int], Any] | None,
+) -> Samples:
+    """One batch of samples, token by token."""
+    rows, length = given.shape
+    device = model.device
+    first = length - uniforms.shape[1]
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    given, uniforms = given.to(device), uniforms.to(device, precision)
+    tokens = given.clamp(min=0)
+    drawn = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    log_probs = torch.zeros(rows, length, device=device)
+    turns = _Turns(rows, length, stop, reply, device)
+    sane = torch.ones((), dtype=torch.bool, device=device)
+    cache: Any = None
+    for position in range(first, length):
+        if model.has_cache:
+            unread = tokens[:, :position] if cache is None else tokens[:, position - 1 : position]
+            output = model.module(unread, past_key_values=cache, use_cache=True)
+            logits, cache = output.logits[:, -1].float(), output.past_key_values
+        else:
+            logits = model.logits(tokens[:, :position])[:, -1].float()
+        probabilities = logits.softmax(-1)
+        token, total = _draw(
+            probabilities if warp is None else warp(logits).softmax(-1), uniforms[:, position - first, None], precision
+        )
+        sane &= total.isfinite().all()
+        forced = turns.forced(given[:, position])
+        free = forced < 0
+        token = torch.where(free, token, forced)
+        tokens[:, position] = token
+        drawn[:, position] = free
+        log_probs[:, position] = probabilities.gather(1, token[:, None]).squeeze(1).log().masked_fill(~free, 0)
+        turns.advance(token, free, position)
+        if progress is not None:
+            progress(rows)
+        if turns.can_end and position % _LOOK_EVERY == 0 and bool(turns.ended.all()):
+            break
+    if not sane:
+        raise FloatingPointError("The model gave NaN or infinite logits while replay rows were sampled from it.")
+    return Samples(tokens, turns.lengths, drawn, log_probs, turns.replies if reply else None)
+
+
+def _draw(probabilities: Tensor, uniforms: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One token a row, by inverse transform sampling, and the sum of the probabilities.
+
+    The first token whose cumulative probability exceeds a uniform number: the same distribution as that of
+    `torch.multinomial`, without a random number for each token of the vocabulary.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=precision)
+    total = cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, uniforms * total, right=True).squeeze(1)
+    return token.clamp_(max=probabilities.shape[1] - 1), total
+
+
+class _Turns:
+    """Which tokens the samples are given rather than draw, and where they end.
+
+    Everything is a tensor over the rows, so that no position waits for the device.
+    """
+
+    def __init__(self, rows: int, length: int, stop: Sequence[int], reply: Sequence[int], device: torch.device) -> None:
+        self.can_end = bool(stop)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.lengths = torch.full((rows,), length, device=device)
+        self.replies = torch.full((rows,), length, device=device)
+        self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
+        self._reply = torch.tensor(list(reply), dtype=torch.int64, device=device)
+        # How much of the reply's opening each row has been given; 0 in the first turn.
+        self._opened = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def forced(self, given: Tensor) -> Tensor:
+        """The token that each row has to take at this position; -1 where it is free to draw one."""
+        if len(self._reply):
+            opening = (self._opened > 0) & (self._opened < len(self._reply))
+            given = torch.where(opening, self._reply[self._opened.clamp(max=len(self._reply) - 1)], given)
+        return given.masked_fill(self.ended, 0)
+
+    def advance(self, token: Tensor, free: Tensor, position: int) -> None:
+        """Take note of what stands at a position."""
+        ends = torch.isin(token, self._stop) & free if self.can_end else torch.zeros_like(free)
+        if len(self._reply):
+            first_turn = self._opened == 0
+            opens = first_turn & free & (token == self._reply[0])
+            advances = opens | (~first_turn & (self._opened < len(self._reply)))
+            self._opened += advances.long()
+            self.replies = self.replies.masked_fill(advances & (self._opened == len(self._reply)), position + 1)
+            ends = ends & ~opens
+        self.lengths = self.lengths.masked_fill(ends, position + 1)
+        self.ended = self.ended | ends

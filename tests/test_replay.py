@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_replay import (
     next_token_loss,
     sample_rows,
 )
+from lightning_replay.sampling import Samples
 from tests.modules import (
     HandWritten,
     OwnCrossEntropy,
@@ -38,10 +39,11 @@ from tests.modules import (
 )
 
 Make = Callable[..., LlamaForCausalLM]
+Prompts = Sequence[Sequence[int]]
 REPLAY = torch.randint(3, 32, (64, 12), generator=torch.Generator().manual_seed(7))
 
 
-def fixed_rows(model: LanguageModel, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+def fixed_rows(model: LanguageModel, prompts: Prompts, length: int, generator: torch.Generator) -> Tensor:
     """Stands in for the sampler with rows that are known beforehand."""
     return REPLAY[: len(prompts)]
 
@@ -192,7 +194,7 @@ def test_sampling_leaves_the_random_state_alone(tiny_llama: Make) -> None:
         def on_train_batch_start(self, *args: Any) -> None:
             self.states.append(torch.get_rng_state())
 
-    def careless(model: LanguageModel, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    def careless(model: LanguageModel, prompts: Prompts, length: int, generator: torch.Generator) -> Tensor:
         torch.rand(100)
         return fixed_rows(model, prompts, length, generator)
 
@@ -222,7 +224,7 @@ def test_each_row_is_used_once_and_then_replaced(tiny_llama: Make) -> None:
 def test_samples_come_from_the_source(tiny_llama: Make, source: Any) -> None:
     module, drawn, states = UserModule(tiny_llama(), learning_rate=0.1), DrawnRows(), []
 
-    def recorded(model: LanguageModel, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    def recorded(model: LanguageModel, prompts: Prompts, length: int, generator: torch.Generator) -> Samples:
         states.append(weights(model.module))
         assert not model.module.training
         return sample_rows(model, prompts, length, generator)
@@ -374,14 +376,14 @@ def test_figures_and_samples_reach_the_loggers(tiny_llama: Make, tmp_path: Path)
     [
         ({"loss": "mse"}, "'kl', 'ntp', 'mixed'"),
         ({"source": "teacher"}, "'reference', 'live'"),
-        ({"coefficient": -1.0}, "at least 0; got -1.0"),
+        ({"coefficient": -1.0}, "at least 0 and finite; got -1.0"),
         ({"coefficient": float("nan")}, "got nan"),
         ({"refill_rows": 0}, "`refill_rows`"),
         ({"sequence_length": 1}, "`sequence_length`"),
         ({"sample_length": 0}, "`sample_length`"),
         ({"temperature": 0.0}, "`temperature`"),
-        ({"prompts": []}, "all of one length"),
-        ({"prompts": [[1], [1, 2]]}, "all of one length"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": [[1], []]}, "none of them empty"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:

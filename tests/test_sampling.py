@@ -22,7 +22,7 @@ def of(module: nn.Module) -> LanguageModel:
 def samples(model: LanguageModel, rows: int, length: int, temperature: float = 1.0, seed: int = 0) -> torch.Tensor:
     prompts = torch.ones(rows, 1, dtype=torch.int64)
     with evaluating(model.module):
-        return sample_rows(model, prompts, length, torch.Generator().manual_seed(seed), temperature=temperature)
+        return sample_rows(model, prompts, length, torch.Generator().manual_seed(seed), temperature=temperature).tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -69,7 +69,7 @@ def test_prompts_are_kept_and_the_end_token_does_not_stop_a_row(tiny_llama: Make
     model = of(tiny_llama())
     prompts = torch.tensor([[1, 5], [1, 6]]).repeat(100, 1)
     with evaluating(model.module):
-        rows = sample_rows(model, prompts, 20, torch.Generator().manual_seed(0))
+        rows = sample_rows(model, prompts, 20, torch.Generator().manual_seed(0)).tokens
     assert torch.equal(rows[:, :2], prompts)
     ended = rows[(rows[:, 2:-1] == 2).any(1)]
     assert len(ended)

@@ -1,0 +1,367 @@
+"""Making replay rows: samples are drawn, filtered, cut or packed to rows, and measured."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_replay.buffer import ReplayRows
+from lightning_replay.filters import Filter, filter_name
+from lightning_replay.language_model import LanguageModel
+from lightning_replay.losses import top_k_log_probs
+from lightning_replay.prompts import Prompts, PromptsLike, find_prompts
+from lightning_replay.quality import distinct_n, repetition
+from lightning_replay.sampling import Sampler, Samples, sample_rows, stop_tokens, truncation
+
+__all__ = ["LossOn", "RowGenerator", "cache_reference", "stream"]
+
+LossOn = Literal["sample", "answer"]
+
+_ROUNDS = 10
+"""How often samples are drawn anew where filters drop too many."""
+_BATCH = 256
+"""Samples decoded at a time, at most."""
+
+
+class RowGenerator:
+    """Draws samples from a language model and makes replay rows of them.
+
+    Args:
+        prompts: What samples begin with; see :class:`~lightning_replay.SelfGeneratedReplay`, as for all others.
+        sample_length: Tokens sampled in one piece.
+        temperature: Sampling temperature.
+        top_k: Truncation of the distribution.
+        top_p: Truncation of the distribution.
+        min_p: Truncation of the distribution.
+        stop_at_eos: Whether the end token ends a sample.
+        loss_on: Which tokens are targets.
+        filters: Which samples to keep.
+        sampler: A function to sample with instead of ours.
+
+    Attributes:
+        refills: How often rows were generated.
+        samples_drawn: Samples so far, dropped ones included.
+        rows: Rows so far.
+        seconds: Wall-clock time spent so far; whoever calls adds to it.
+        dropped: How many samples each filter has dropped so far.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptsLike | None = None,
+        sample_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_at_eos: bool = False,
+        loss_on: LossOn = "sample",
+        filters: Sequence[Filter] = (),
+        sampler: Sampler | None = None,
+    ) -> None:
+        truncation(temperature, top_k, top_p, min_p)
+        if isinstance(prompts, str) and prompts != "chat":
+            raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
+        if prompts is not None and not (len(prompts) and all(len(prompt) for prompt in prompts)):
+            raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
+        if loss_on not in get_args(LossOn):
+            raise ValueError(f"`loss_on` is one of {', '.join(map(repr, get_args(LossOn)))}; got {loss_on!r}.")
+        if loss_on == "answer" and prompts != "chat":
+            raise ValueError("`loss_on='answer'` is for chat samples, which have one: set `prompts='chat'`.")
+        if sample_length is not None and sample_length < 2:
+            raise ValueError(f"`sample_length` is a number of tokens, at least 2; got {sample_length}.")
+        self.prompts = prompts
+        self.sample_length = sample_length
+        self.stop_at_eos = stop_at_eos or prompts == "chat"
+        self.loss_on: LossOn = loss_on
+        self.filters = list(filters)
+        self.sampler = sampler
+        self._draw = partial(sample_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+        self.refills = 0
+        self.samples_drawn = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in self.filters})
+        self._prompts = Prompts([], [])
+        self._ends: list[int] = []
+
+    def bind(self, model: LanguageModel, tokenizer: Any) -> None:
+        """Find out what samples of this model begin and end with.
+
+        Raises:
+            MisconfigurationException: If a tokenizer, template, start or end token that is needed is missing, or the
+                model doesn't have the prompts' tokens.
+        """
+        self._prompts = find_prompts(self.prompts, model, tokenizer)
+        self._ends = stop_tokens(model, tokenizer)
+        if self.prompts == "chat":
+            self._ends = sorted({*self._ends, self._prompts.reply[0]})
+        if self.stop_at_eos and not self._ends:
+            raise MisconfigurationException(
+                "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
+                f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
+            )
+        check_tokens(self._prompts.max_token, "Prompts hold", model)
+
+    def check_length(self, length: int, model: LanguageModel) -> None:
+        """Refuse rows that samples don't fit.
+
+        Raises:
+            MisconfigurationException: If samples of rows of this length don't fit the model, the row or the prompts.
+        """
+        piece = self.piece_length(length, model)
+        if piece % length:
+            raise MisconfigurationException(
+                f"`sample_length={piece}` is not a multiple of the {length} tokens of a replay row."
+            )
+        if model.context is not None and piece > model.context:
+            raise MisconfigurationException(
+                f"Samples of {piece} tokens don't fit {type(model.module).__name__}, which takes {model.context} at "
+                f"most. Set `sequence_length` (and `sample_length`) to {model.context} or fewer."
+            )
+        room = piece - len(self._prompts.reply)
+        fitting = [start for start in self._prompts.starts if len(start) < room]
+        if not fitting:
+            raise MisconfigurationException(
+                f"Prompts of {min(map(len, self._prompts.starts))} tokens and more leave nothing to sample in samples "
+                f"of {piece}. Use shorter prompts, or set `sequence_length` or `sample_length`."
+            )
+        if len(fitting) < len(self._prompts.starts):
+            rank_zero_warn(
+                f"Replay: {len(self._prompts.starts) - len(fitting)} of {len(self._prompts.starts)} prompts are left "
+                f"out: they leave nothing to sample in samples of {piece} tokens."
+            )
+            self._prompts = Prompts(fitting, self._prompts.reply)
+
+    def piece_length(self, length: int, model: LanguageModel) -> int:
+        """Tokens sampled in one piece, for rows of ``length`` tokens."""
+        if self.sample_length is not None:
+            return self.sample_length
+        cuts = self.prompts is None and (model.context is None or 2 * length <= model.context)
+        return 2 * length if cuts else length
+
+    def generate(
+        self, model: LanguageModel, rows: int, length: int, seed: tuple[int, ...], progress: Callable[[int], Any]
+    ) -> tuple[ReplayRows, dict[str, float]]:
+        """Make rows.
+
+        Args:
+            model: The model to sample, in evaluation mode, without gradients.
+            rows: How many rows; a few fewer where samples of several rows' length don't come out even.
+            length: Tokens in a row.
+            seed: Seed of all randomness, to which the number of the refill is added.
+            progress: Called with the number of tokens drawn since it was last called.
+
+        Returns:
+            The rows, on the CPU, and measures of the samples that they were made of, by name.
+
+        Raises:
+            RuntimeError: If filters drop everything.
+        """
+        self.refills += 1
+        generator = stream(*seed, self.refills)
+        piece = self.piece_length(length, model)
+        goal = rows * length if self.prompts == "chat" else max(1, rows * length // piece) * piece
+        drawn: Samples | None = None
+        kept, dropped = torch.empty(0, dtype=torch.bool), Counter[str]()
+        for _ in range(_ROUNDS):
+            have = 0 if drawn is None else self._tokens(drawn.take(kept), piece)
+            if have >= goal:
+                break
+            # As many as are missing if as large a share is kept as so far.
+            used = 0 if drawn is None else len(drawn.tokens)
+            missing = -(-(goal - have) // piece) if not have else -(-(goal - have) * used // have)
+            number = min(missing, 4 * -(-goal // piece))
+            new = self._sample(model, number, piece, seed[0], generator, progress)
+            drawn = new if drawn is None else _joined(drawn, new)
+            kept, dropped = self._filter(drawn)
+        assert drawn is not None
+        self.dropped += dropped
+        chosen = drawn.take(kept)
+        if not len(chosen.tokens):
+            raise RuntimeError(
+                f"No sample passed: of {len(drawn.tokens)} drawn, {_counts(dropped)}. Loosen the filters of "
+                "SelfGeneratedReplay, or raise `sequence_length` if samples don't come to their end."
+            )
+        if self._tokens(chosen, piece) < goal:
+            rank_zero_warn(
+                f"Replay: only {len(chosen.tokens)} of {len(drawn.tokens)} samples passed ({_counts(dropped)}), fewer "
+                "than a refill needs, so rows will be replaced sooner."
+            )
+        made = self._rows(chosen, length)
+        made = made.take(torch.arange(min(rows, len(made.tokens))))
+        self.rows += len(made.tokens)
+        return made, self._quality(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far generation has come."""
+        return {
+            "refills": self.refills,
+            "samples_drawn": self.samples_drawn,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "dropped": dict(self.dropped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.refills = state["refills"]
+        self.samples_drawn = state["samples_drawn"]
+        self.rows = state["rows"]
+        self.seconds = state["seconds"]
+        self.dropped = Counter(state["dropped"])
+
+    def _sample(
+        self,
+        model: LanguageModel,
+        number: int,
+        piece: int,
+        seed: int,
+        generator: torch.Generator,
+        progress: Callable[[int], Any],
+    ) -> Samples:
+        starts = [self._prompts.starts[place] for place in self._in_passes(number, seed)]
+        self.samples_drawn += number
+        if self.sampler is None:
+            samples = self._draw(
+                model,
+                starts,
+                piece,
+                generator,
+                stop=self._ends if self.stop_at_eos else (),
+                reply=self._prompts.reply,
+                batch_size=_BATCH,
+                progress=progress,
+            )
+        else:
+            samples = _as_samples(self.sampler(model, starts, piece, generator), starts, piece)
+        return Samples(*(None if part is None else part.cpu() for part in samples))  # type: ignore[arg-type]
+
+    def _in_passes(self, number: int, seed: int) -> list[int]:
+        """Places of the next prompts: all of them in random order, then all again in another."""
+        prompts = len(self._prompts.starts)
+        places: list[int] = []
+        for index in range(self.samples_drawn, self.samples_drawn + number):
+            if not places or not index % prompts:
+                order = torch.randperm(prompts, generator=stream(seed, index // prompts)).tolist()
+            places.append(order[index % prompts])
+        return places
+
+    def _filter(self, samples: Samples) -> tuple[Tensor, Counter[str]]:
+        """Which samples all filters keep, and how many each one dropped that those before it had kept."""
+        kept, dropped = torch.ones(len(samples.tokens), dtype=torch.bool), Counter[str]()
+        if samples.replies is not None:
+            answered = samples.replies < samples.lengths
+            kept, dropped["unanswered"] = answered, int((~answered).sum())
+        for filter_ in self.filters:
+            verdict = filter_(samples)
+            if not isinstance(verdict, Tensor) or verdict.shape != kept.shape or verdict.dtype != torch.bool:
+                what = f"{verdict.dtype} {tuple(verdict.shape)}" if isinstance(verdict, Tensor) else repr(verdict)
+                raise TypeError(
+                    f"The filter {filter_name(filter_)!r} returned {what}; a filter of {len(kept)} samples returns a "
+                    f"boolean tensor of shape ({len(kept)},), True on those to keep."
+                )
+            dropped[filter_name(filter_)] = int((kept & ~verdict.cpu()).sum())
+            kept = kept & verdict.cpu()
+        return kept, dropped
+
+    def _tokens(self, samples: Samples, piece: int) -> int:
+        """How much of a refill the samples make up, in tokens: a conversation fills a row, however short."""
+        return len(samples.tokens) * piece if self.prompts == "chat" else int(samples.lengths.sum())
+
+    def _rows(self, samples: Samples, length: int) -> ReplayRows:
+        """Samples as rows: cut where they are longer, packed one after another where they end by themselves."""
+        real = torch.arange(samples.tokens.shape[1]) < samples.lengths.unsqueeze(1)
+        targets = samples.drawn
+        if self.loss_on == "answer":
+            assert samples.replies is not None
+            targets = targets & (torch.arange(samples.tokens.shape[1]) >= samples.replies.unsqueeze(1))
+        if self.prompts == "chat":
+            return ReplayRows(samples.tokens, samples.lengths, targets)
+        tokens, targets = samples.tokens[real], targets[real]
+        missing = -len(tokens) % length
+        rows = (len(tokens) + missing) // length
+        lengths = torch.full((rows,), length)
+        lengths[-1] -= missing
+        return ReplayRows(
+            F.pad(tokens, (0, missing)).view(rows, length), lengths, F.pad(targets, (0, missing)).view(rows, length)
+        )
+
+    def _quality(self, samples: Samples) -> dict[str, float]:
+        tokens, lengths = samples.tokens, samples.lengths
+        measures = {
+            "distinct_1": distinct_n(tokens, lengths, 1),
+            "distinct_2": distinct_n(tokens, lengths, 2),
+            "repetition": float(repetition(tokens, lengths).mean()),
+            "length": float(lengths.double().mean()),
+        }
+        if self._ends:
+            ended = torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn
+            measures["ended"] = float(ended.any(1).double().mean())
+        if samples.log_probs is not None:
+            measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
+        return measures
+
+
+def cache_reference(
+    model: LanguageModel, rows: ReplayRows, k: int, temperature: float, batch_size: int = 64
+) -> ReplayRows:
+    """The same rows with the model's likeliest next tokens and their log-probabilities, one forward for each row.
+
+    Not taken while decoding: rows are cut and packed afterwards, and a row's own context is what training sees.
+    """
+    ids, log_probs = [], []
+    for some in torch.arange(len(rows.tokens)).split(batch_size):  # type: ignore[no-untyped-call]
+        logits = model.logits(rows.tokens[some, :-1].to(model.device))
+        top_ids, top_log_probs = top_k_log_probs(logits, min(k, model.vocabulary), temperature)
+        ids.append(top_ids.cpu())
+        log_probs.append(top_log_probs.cpu().half())
+    return rows._replace(top_ids=torch.cat(ids), top_log_probs=torch.cat(log_probs))
+
+
+def check_tokens(largest: int, what: str, model: LanguageModel) -> None:
+    """Refuse token ids that the model doesn't have."""
+    if largest >= model.vocabulary:
+        raise MisconfigurationException(
+            f"{what} the token id {largest}, but {type(model.module).__name__} has a vocabulary of "
+            f"{model.vocabulary}. Use rows and prompts made by its own tokenizer."
+        )
+
+
+def stream(*key: int) -> torch.Generator:
+    """A generator of its own for each key, independent of the others and of the global random state."""
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:
+    """What a sampler of the user's own returned; where that is no more than tokens, all after the prompts are drawn."""
+    tokens = given.tokens if isinstance(given, Samples) else given
+    if not isinstance(tokens, Tensor) or tokens.shape != (len(prompts), length) or tokens.is_floating_point():
+        what = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+        raise TypeError(
+            f"`sampler` returned {what}; for {len(prompts)} samples of {length} tokens it returns token ids of shape "
+            f"({len(prompts)}, {length})."
+        )
+    if isinstance(given, Samples):
+        return given
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)
+    return Samples(tokens, torch.full((len(prompts),), length), drawn)
+
+
+def _joined(first: Samples, second: Samples) -> Samples:
+    columns = zip(first, second, strict=True)
+    return Samples(*(None if one is None or other is None else torch.cat([one, other]) for one, other in columns))  # type: ignore[arg-type]
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{name} dropped {number}" for name, number in dropped.items()) or "no filter dropped any"
