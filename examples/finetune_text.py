@@ -45,20 +45,23 @@ class Trajectory(Callback):
             self.points.append(Point(trainer.global_step, *(float(trainer.callback_metrics[key]) for key in keys)))
 
 
-def finetune(options: argparse.Namespace, replay: SelfGeneratedReplay | None, name: str) -> list[Point]:
-    """Train once and return the losses on the way; logs go to ``<output>/<name>``."""
+def finetune(
+    options: argparse.Namespace,
+    replay: SelfGeneratedReplay | None,
+    name: str,
+    real: TextDataModule | None = None,
+    real_share: float = 1.0,
+) -> list[Point]:
+    """Train once and return the losses on the way; logs go to ``<output>/<name>``.
+
+    With ``real``, a share of the replay rows is real text.
+    """
     L.seed_everything(options.seed)
     rows: dict[str, Any] = {"tokenizer": options.model, "sequence_length": options.sequence_length}
     new = TextDataModule(options.new, batch_size=options.batch_size, text_column=options.new_column, **rows)
-    prior = TextDataModule(
-        options.prior,
-        batch_size=64,
-        text_column=options.prior_column,
-        document_separator=options.prior_separator,
-        validation_fraction=options.prior_fraction,
-        **rows,
-    )
-    prior.setup("fit")
+    prior = prior_text(options)
+    if real is not None:
+        real.setup("fit")
     trajectory = Trajectory()
     csv = CSVLogger(options.output, name=name)
     monitor = ForgettingMonitor({"prior": prior.val_dataloader()}, every_n_steps=options.every)
@@ -77,8 +80,24 @@ def finetune(options: argparse.Namespace, replay: SelfGeneratedReplay | None, na
     )
     module = CausalLM(options.model, options.learning_rate, warmup_steps=options.warmup, schedule="constant")
     fraction = options.replay_fraction if replay is not None else 0.0
-    trainer.fit(module, datamodule=ReplayDataModule(new, fraction))
+    rows_of_prior = None if real is None else real.train_dataloader()
+    trainer.fit(module, datamodule=ReplayDataModule(new, fraction, prior=rows_of_prior, prior_share=real_share))
     return trajectory.points
+
+
+def prior_text(options: argparse.Namespace) -> TextDataModule:
+    """The prior text: what is held out is measured, the rest can be replayed."""
+    prior = TextDataModule(
+        options.prior,
+        tokenizer=options.model,
+        sequence_length=options.sequence_length,
+        batch_size=64,
+        text_column=options.prior_column,
+        document_separator=options.prior_separator,
+        validation_fraction=options.prior_fraction,
+    )
+    prior.setup("fit")
+    return prior
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -109,14 +128,16 @@ def options_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run without and with replay, and print both."""
     parser = options_parser()
-    parser.add_argument("--loss", choices=["kl", "ntp", "mixed"], default="kl", help="replay loss")
+    parser.add_argument("--loss", choices=["kl", "ntp", "mixed", "lwf"], default="kl", help="replay loss")
     parser.add_argument("--coefficient", type=float, default=10.0, help="what the replay loss is multiplied by")
     parser.add_argument("--source", choices=["reference", "live"], default="reference", help="whose samples to replay")
+    parser.add_argument("--prior-share", type=float, default=0.0, help="share of replay rows that are real prior text")
     options = parser.parse_args()
 
     plain = finetune(options, None, "without_replay")
     replay = SelfGeneratedReplay(options.loss, options.coefficient, options.source)
-    replayed = finetune(options, replay, "with_replay")
+    real = prior_text(options) if options.prior_share else None
+    replayed = finetune(options, replay, "with_replay", real, options.prior_share or 1.0)
 
     print(f"\n{'':>6}{'without replay':^26}{'with replay':^26}")
     print(f"{'step':>6}" + f"{'prior loss':>13}{'new loss':>13}" * 2)
