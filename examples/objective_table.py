@@ -2,8 +2,8 @@
 
 Regenerates the tables in the README and in examples/README.md: every arm finetunes on the new text with the same steps;
 its forgetting at the last step is compared with that of plain finetuning at the step at which plain finetuning had the
-same new-task loss (linear interpolation of its trajectory). Mean and spread (half the distance of the extremes) over the
-seeds.
+same new-task loss (linear interpolation of its trajectory). Mean and spread (half the distance of the extremes) over
+the seeds.
 
     python examples/objective_table.py --model DIR --prior stories.txt --prior-separator '<|endoftext|>' \
         --new spanish.txt --other plays.txt --seeds 0 1 2

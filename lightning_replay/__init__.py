@@ -5,7 +5,14 @@ from lightning_replay.causal_lm import CausalLM
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.forgetting import ForgettingMonitor
 from lightning_replay.language_model import LanguageModel
-from lightning_replay.losses import forward_kl, next_token_loss
+from lightning_replay.losses import (
+    divergence_from_top_k,
+    forward_kl,
+    jensen_shannon,
+    next_token_loss,
+    reverse_kl,
+    top_k_log_probs,
+)
 from lightning_replay.metrics import (
     KLDrift,
     Perplexity,
@@ -39,10 +46,14 @@ __all__ = [
     "__version__",
     "average_accuracy",
     "backward_transfer",
+    "divergence_from_top_k",
     "forgetting_measure",
     "forward_kl",
     "forward_transfer",
     "intransigence",
+    "jensen_shannon",
     "next_token_loss",
+    "reverse_kl",
     "sample_rows",
+    "top_k_log_probs",
 ]

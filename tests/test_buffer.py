@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from lightning_replay import ReplayBuffer
+from lightning_replay import ReplayBuffer, ReplayRows
 
 
 def numbered(rows: int, length: int = 4, start: int = 0) -> torch.Tensor:
@@ -129,3 +129,91 @@ def test_rows_that_do_not_fit_are_refused_and_nothing_is_stored(
     assert len(buffer) == 0
     with pytest.raises(ValueError, match="empty"):
         buffer.draw(1)
+
+
+def test_rows_come_back_with_their_targets_in_four_bytes_a_token() -> None:
+    buffer = ReplayBuffer(8, 6)
+    tokens = torch.randint(0, 2**31 - 1, (5, 6))
+    tokens[0, 0] = 0
+    lengths, targets = torch.tensor([6, 5, 4, 3, 2]), torch.rand(5, 6) > 0.5
+    buffer.add(ReplayRows(tokens, lengths, targets), step=7)
+    drawn = buffer.draw(5)
+    order = [int((tokens[:, 1] == row[1]).nonzero()) for row in drawn.tokens]
+    mask = ReplayRows(tokens, lengths).mask
+    assert torch.equal(drawn.tokens, (tokens * mask)[order])
+    assert torch.equal(drawn.lengths, lengths[order])
+    assert torch.equal(drawn.targets_mask, (targets & mask)[order][:, 1:])
+    assert drawn.steps is not None
+    assert drawn.steps.tolist() == [7] * 5
+    tensors = [value for value in buffer.state_dict().values() if isinstance(value, torch.Tensor) and value.dim() == 2]
+    assert sum(value.nbytes for value in tensors) == 5 * 6 * 4
+
+
+def test_cached_log_probabilities_take_six_bytes_each_and_one_more_for_the_tail() -> None:
+    buffer = ReplayBuffer(3, 5, top_k=4)
+    ids, log_probs = torch.randint(100, (2, 4, 4)), torch.randn(2, 4, 5).half()
+    buffer.add(ReplayRows(numbered(2, 5), torch.tensor([5, 5]), None, ids, log_probs))
+    drawn = buffer.draw(2)
+    order = drawn.tokens[:, 0]
+    assert drawn.top_ids is not None
+    assert drawn.top_log_probs is not None
+    assert torch.equal(drawn.top_ids, ids[order])
+    assert torch.equal(drawn.top_log_probs, log_probs[order])
+    state = buffer.state_dict()
+    assert state["top_ids"].nbytes + state["top_log_probs"].nbytes == 2 * 4 * (4 * 6 + 2)
+    with pytest.raises(ValueError, match="keeps 4 log-probabilities a position; the rows have 0"):
+        buffer.add(numbered(1, 5))
+
+
+def test_rows_count_their_uses_and_tell_how_many_are_left() -> None:
+    buffer = ReplayBuffer(4, 4)
+    buffer.add(numbered(4))
+    assert [buffer.left(uses) for uses in (1, 2, 3)] == [4, 8, 12]
+    buffer.draw(3)
+    assert [buffer.left(uses) for uses in (1, 2, 3)] == [1, 5, 9]
+    rows = buffer.draw(3)
+    assert rows.uses is not None
+    assert sorted(rows.uses.tolist()) == [1, 2, 2]
+    assert [buffer.left(uses) for uses in (1, 2, 3)] == [0, 2, 6]
+    buffer.add(numbered(4, start=10))
+    assert buffer.left(1) == 4
+    fresh = buffer.draw(4).uses
+    assert fresh is not None
+    assert fresh.tolist() == [1, 1, 1, 1]
+
+
+def test_a_state_without_rows_goes_on_in_a_buffer_of_the_same_rows() -> None:
+    one, other = ReplayBuffer(9, 4), ReplayBuffer(9, 4)
+    for buffer in (one, other):
+        buffer.add(numbered(9))
+    one.draw(5)
+    state = one.state_dict(rows=False)
+    assert "tokens" not in state
+    other.load_state_dict(state)
+    assert [drawn(one, 3) for _ in range(5)] == [drawn(other, 3) for _ in range(5)]
+    with pytest.raises(ValueError, match="saved without them"):
+        ReplayBuffer(9, 4).load_state_dict(state)
+
+
+def test_a_state_of_the_first_format_is_read_and_a_later_one_is_refused() -> None:
+    buffer = ReplayBuffer(4, 4)
+    buffer.add(numbered(3), torch.tensor([4, 3, 2]))
+    state = buffer.state_dict()
+    first = {
+        "format": 1,
+        "capacity": 4,
+        "length": 4,
+        "policy": "fifo",
+        "seen": 3,
+        "tokens": numbered(3).int(),
+        "lengths": torch.tensor([4, 3, 2], dtype=torch.int32),
+        "deck": state["deck"],
+        "generator": state["generator"],
+    }
+    old = ReplayBuffer.from_state_dict(first)
+    ours, theirs = old.draw(3), buffer.draw(3)
+    assert torch.equal(ours.tokens * ours.mask, theirs.tokens)
+    assert torch.equal(ours.lengths, theirs.lengths)
+    assert torch.equal(ours.targets_mask, theirs.targets_mask)
+    with pytest.raises(ValueError, match="has format 3; this version"):
+        buffer.load_state_dict(state | {"format": 3})

@@ -1,10 +1,21 @@
 import math
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
 from torch import nn
 
-from lightning_replay import forward_kl, next_token_loss
+from lightning_replay import (
+    divergence_from_top_k,
+    forward_kl,
+    jensen_shannon,
+    next_token_loss,
+    reverse_kl,
+    top_k_log_probs,
+)
 
 
 def test_forward_kl_equals_torch_distributions() -> None:
@@ -63,3 +74,108 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary() -> None:
     assert next_token_loss(torch.zeros(1, 4, 50), torch.tensor([[3, 1, 4, 1]])).item() == pytest.approx(math.log(50))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergences_equal_those_of_other_libraries(temperature: float) -> None:
+    logits, reference = torch.randn(2, 3, 5, 7)
+    ours = torch.distributions.Categorical(logits=logits / temperature)
+    theirs = torch.distributions.Categorical(logits=reference / temperature)
+    kl = torch.distributions.kl_divergence
+    torch.testing.assert_close(forward_kl(logits, reference, temperature=temperature), kl(theirs, ours).mean())
+    torch.testing.assert_close(reverse_kl(logits, reference, temperature=temperature), kl(ours, theirs).mean())
+    # SciPy returns the square root of the divergence.
+    distance = jensenshannon(ours.probs.double().numpy(), theirs.probs.double().numpy(), axis=-1)
+    values = jensen_shannon(logits, reference, reduction="none", temperature=temperature)
+    torch.testing.assert_close(values.double(), torch.from_numpy(distance**2), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, jensen_shannon])
+def test_gradients_of_divergences_are_those_of_their_definitions(divergence: Any) -> None:
+    logits, reference = torch.randn(2, 2, 3, 7)
+    ours, hand = logits.clone().requires_grad_(), logits.double().clone().requires_grad_()
+    p, q = hand.softmax(-1), reference.double().softmax(-1)
+    m = (p + q) / 2
+    definition = {
+        forward_kl: (q * (q / p).log()),
+        reverse_kl: (p * (p / q).log()),
+        jensen_shannon: 0.5 * (q * (q / m).log() + p * (p / m).log()),
+    }[divergence]
+    definition.sum(-1).mean().backward()
+    divergence(ours, reference).backward()
+    assert ours.grad is not None
+    assert hand.grad is not None
+    torch.testing.assert_close(ours.grad.double(), hand.grad, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, jensen_shannon])
+def test_tokens_that_both_models_rule_out_change_nothing(divergence: Any) -> None:
+    logits, reference = torch.randn(2, 2, 3, 7)
+    without = divergence(logits, reference)
+    impossible = torch.full((2, 3, 2), -torch.inf)
+    padded = torch.cat([logits, impossible], -1).requires_grad_()
+    value = divergence(padded, torch.cat([reference, impossible], -1))
+    torch.testing.assert_close(value.detach(), without)
+    value.backward()
+    assert padded.grad is not None
+    assert bool(padded.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+@given(k=st.integers(1, 12), seed=st.integers(0, 1000), temperature=st.sampled_from([1.0, 0.5, 3.0]))
+@settings(max_examples=25, deadline=None)
+def test_a_top_k_divergence_is_a_lower_bound_and_exact_with_the_whole_vocabulary(
+    kind: Any, k: int, seed: int, temperature: float
+) -> None:
+    logits, reference = 2 * torch.randn(2, 2, 3, 12, generator=torch.Generator().manual_seed(seed))
+    full = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}[kind]
+    exact = full(logits, reference, reduction="none", temperature=temperature)
+    ids, log_probs = top_k_log_probs(reference, k, temperature)
+    bound = divergence_from_top_k(logits, ids, log_probs, None, "none", kind, temperature)
+    assert bool((bound <= exact + 1e-5).all())
+    if k == 12:
+        torch.testing.assert_close(bound, exact, atol=1e-5, rtol=1e-5)
+    if kind == "forward":
+        # What is missing is the divergence within the tail, weighted by the reference's probability of the tail.
+        p, q = (logits / temperature).double().softmax(-1), (reference / temperature).double().softmax(-1)
+        tail = torch.ones_like(p).scatter(-1, ids, 0.0)
+        p_tail, q_tail = p * tail, q * tail
+        inside = q_tail * ((q_tail / q_tail.sum(-1, keepdim=True)) / (p_tail / p_tail.sum(-1, keepdim=True))).log()
+        missing = inside.nan_to_num(0.0).sum(-1)
+        torch.testing.assert_close(bound.double() + missing, exact.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_top_k_divergence_of_equal_models_is_zero_even_from_16_bits() -> None:
+    logits = 3 * torch.randn(4, 5, 50)
+    ids, log_probs = top_k_log_probs(logits, 8)
+    assert float(divergence_from_top_k(logits, ids, log_probs)) == pytest.approx(0.0, abs=1e-6)
+    assert float(divergence_from_top_k(logits, ids.int(), log_probs.half())) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_top_k_of_a_vocabulary_in_which_the_tail_is_impossible_has_finite_gradients() -> None:
+    reference = torch.tensor([[[0.0, 1.0, -torch.inf, -torch.inf]]])
+    logits = torch.tensor([[[1.0, 0.0, -torch.inf, -torch.inf]]], requires_grad=True)
+    value = divergence_from_top_k(logits, *top_k_log_probs(reference, 2))
+    torch.testing.assert_close(value.detach(), forward_kl(logits.detach(), reference))
+    value.backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: forward_kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), temperature=0.0), "`temperature`"),
+        (lambda: top_k_log_probs(torch.zeros(1, 2, 3), 4), "vocabulary's 3 tokens; got 4"),
+        (lambda: top_k_log_probs(torch.zeros(1, 2, 3), 0), "got 0"),
+        (
+            lambda: divergence_from_top_k(
+                torch.zeros(1, 2, 3), torch.zeros(1, 2, 1, dtype=torch.int64), torch.zeros(1, 2, 1)
+            ),
+            "k ids and k \\+ 1 log-probabilities",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
