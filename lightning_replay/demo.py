@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning_replay.causal_lm import CausalLM
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.language_model import evaluating
 from lightning_replay.metrics import average_accuracy, backward_transfer
+from lightning_replay.reference import Reference
 from lightning_replay.replay import SelfGeneratedReplay
 from lightning_replay.toy import ANSWER, END, ROW_LENGTH, TASKS, VOCABULARY, problems, problems_loader, task_token
 
@@ -40,7 +41,7 @@ except ModuleNotFoundError as error:
         f"The demo draws with {error.name}, which is not installed: pip install 'lightning-replay[demo]'"
     ) from error
 
-__all__ = ["demo"]
+__all__ = ["Run", "demo", "learn_sequence", "replay_of"]
 
 BATCH_SIZE = 128
 REPLAY_FRACTION = 0.2
@@ -152,25 +153,40 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
         f"A small transformer learns {len(TASKS)} tasks one after another: {', '.join(TASKS)}.\n"
         "First with plain finetuning, then with self-generated replay."
     )
-    tasks = list(TASKS)
-    with _quiet_lightning(), _bars(console) as progress:
-        pl.seed_everything(seed)
-        shared = Run()
-        model = _small_transformer()
-        _learn(tasks[0], model, shared, progress, seed, replay=None)
-        runs = {}
-        for arm in ("without_replay", "with_replay"):
-            runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
-            for number, task in enumerate(tasks[1:], start=1):
-                replay = None if arm == "without_replay" else _replay_of(tasks[:number])
-                _learn(task, learner, runs[arm], progress, seed, replay)
-
-    results = {"seed": seed, "tasks": tasks} | {arm: run.summary() for arm, run in runs.items()}
+    runs = learn_sequence({"without_replay": None, "with_replay": replay_of}, seed, console)
+    results = {"seed": seed, "tasks": list(TASKS)} | {arm: run.summary() for arm, run in runs.items()}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _draw(runs, output / "accuracy.png")
     console.print(_table(results))
     console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}.")
     return results
+
+
+def learn_sequence(
+    arms: Mapping[str, Callable[[Sequence[str]], SelfGeneratedReplay] | None], seed: int, console: Console
+) -> dict[str, Run]:
+    """Learn the tasks one after another, once for each arm; the first task, learned once, is shared by all.
+
+    Args:
+        arms: By name, a function of the tasks learned so far that returns the replay callback; None for no replay.
+        seed: Seed of the weights, the problems and the samples.
+        console: Where progress is shown.
+
+    Returns:
+        What each arm gave.
+    """
+    tasks, runs = list(TASKS), {}
+    with _quiet_lightning(), _bars(console) as progress:
+        pl.seed_everything(seed)
+        shared = Run()
+        model = _small_transformer()
+        _learn("all", tasks[0], model, shared, progress, seed, replay=None)
+        for arm, replay_of_tasks in arms.items():
+            runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
+            for number, task in enumerate(tasks[1:], start=1):
+                replay = None if replay_of_tasks is None else replay_of_tasks(tasks[:number])
+                _learn(arm.replace("_", " "), task, learner, runs[arm], progress, seed, replay)
+    return runs
 
 
 def _small_transformer() -> LlamaForCausalLM:
@@ -187,24 +203,31 @@ def _small_transformer() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _replay_of(tasks: Sequence[str]) -> SelfGeneratedReplay:
+def replay_of(tasks: Sequence[str], reference: Reference = "auto", **options: Any) -> SelfGeneratedReplay:
     """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",
         coefficient=3.0,
+        reference=reference,
         prompts=[[task_token(task)] for task in tasks],
         sequence_length=ROW_LENGTH,
-        refill_rows=1024,
+        refill_rows="auto" if reference == "cached" else 1024,  # all that the run uses, or as many at a time
+        **options,
     )
 
 
 def _learn(
-    task: str, model: LlamaForCausalLM, run: Run, progress: Progress, seed: int, replay: SelfGeneratedReplay | None
+    arm: str,
+    task: str,
+    model: LlamaForCausalLM,
+    run: Run,
+    progress: Progress,
+    seed: int,
+    replay: SelfGeneratedReplay | None,
 ) -> None:
     """Train the model on one task, with a fresh optimizer."""
     first = not run.ends
-    kind = "both" if first else "without replay" if replay is None else "with replay"
-    label = f"{kind:<14} {len(run.ends) + 1}/{len(TASKS)} {task:<8}"
+    label = f"{arm:<14} {len(run.ends) + 1}/{len(TASKS)} {task:<8}"
     accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
     loader = problems_loader(task, BATCH_SIZE, seed)
     trainer = pl.Trainer(

@@ -3,7 +3,7 @@ import torch
 from transformers import BatchEncoding
 
 from lightning_replay import ReplayRows
-from lightning_replay.batches import crop_batch, inputs_and_targets, join_rows
+from lightning_replay.batches import crop_batch, inputs_and_targets, join_rows, rows_of
 
 NEW = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 SHORT = ReplayRows(torch.tensor([[7, 8, 9], [5, 6, 0]]), torch.tensor([3, 2]))
@@ -92,3 +92,29 @@ def test_targets_follow_their_tokens() -> None:
     assert attention_mask is mask
     assert targets.tolist() == [[2, 3, -100, -100], [6, 7, 8, -100]]
     assert inputs_and_targets((NEW, NEW + 1))[2].tolist() == (NEW + 1).tolist()
+
+
+def test_rows_of_a_batch_keep_its_targets_and_lose_its_padding() -> None:
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[-100, -100, 5, 6], [-100, -100, 9, 4]]),
+    }
+    rows = rows_of(batch)
+    assert rows.tokens.tolist() == [[5, 6, 0, 0], [7, 8, 9, 4]]
+    assert rows.lengths.tolist() == [2, 4]
+    assert rows.targets_mask.tolist() == [[True, False, False], [False, True, True]]
+    pair = rows_of((torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, 3, 9], [5, -1, -1]])))
+    assert pair.tokens[0].tolist() == [1, 2, 3, 9]
+    assert pair.tokens[1, :3].tolist() == [4, 5, 6]
+    assert pair.lengths.tolist() == [4, 3]
+    assert pair.targets_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert rows_of(torch.tensor([[1, 2]])).targets_mask.tolist() == [[True]]
+
+
+def test_labels_of_joined_rows_leave_out_what_is_no_target() -> None:
+    rows = ReplayRows(torch.tensor([[7, 8, 9]]), torch.tensor([3]), torch.tensor([[False, False, True]]))
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}
+    assert join_rows(batch, rows)["labels"].tolist() == [[1, 2, 3], [-100, -100, 9]]
+    pair = join_rows((torch.tensor([[1, 2]]), torch.tensor([[2, 3]])), rows)
+    assert pair[1].tolist() == [[2, 3], [-100, 9]]

@@ -271,3 +271,50 @@ def test_state_goes_through_a_checkpoint(tmp_path: Any) -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ReplayDataModule(**({"data": mapping_loader()} | arguments))
+
+
+def marked(token: int, rows: int = 10, length: int = 12) -> Tensor:
+    return torch.full((rows, length), token)
+
+
+@pytest.mark.parametrize("share", [0.25, 1 / 3, 1.0])
+def test_real_and_sampled_rows_come_in_exactly_their_shares(share: float) -> None:
+    module = Recorder()
+    data = ReplayDataModule(mapping_loader(), 0.5, buffer=filled(), prior=marked(30), prior_share=share)
+    quiet_trainer(max_steps=6).fit(module, datamodule=data)
+    replayed = torch.cat([batch["input_ids"][8:, 0] for batch in module.seen["fit"]])
+    assert len(replayed) == 48
+    assert int((replayed == 30).sum()) == 48 * Fraction(share).limit_denominator(100)
+    assert int((replayed == REPLAYED).sum()) == 48 - int((replayed == 30).sum())
+
+
+def test_real_rows_alone_need_no_callback_and_each_is_drawn_before_any_is_again() -> None:
+    module = Recorder()
+    rows = 20 + torch.arange(10).unsqueeze(1).expand(-1, 12)
+    data = ReplayDataModule(mapping_loader(), 0.2, prior=DataLoader(rows, batch_size=4))  # type: ignore[arg-type]
+    quiet_trainer(max_steps=5).fit(module, datamodule=data)
+    replayed = [batch["input_ids"][8:, 0] for batch in module.seen["fit"]]
+    assert sorted(torch.cat(replayed).tolist()) == list(range(20, 30))
+
+
+def test_real_rows_of_another_length_are_padded_beside_sampled_ones() -> None:
+    module = Recorder()
+    data = ReplayDataModule(mapping_loader(), 0.5, buffer=filled(), prior=marked(30, length=6))
+    quiet_trainer(max_steps=1).fit(module, datamodule=data)
+    batch = module.seen["fit"][0]
+    short = batch["input_ids"][:, 0] == 30
+    assert batch["attention_mask"][short].sum(1).unique().tolist() == [6]
+    assert (batch["labels"][short][:, 6:] == -100).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+def test_a_share_of_real_rows_outside_its_range_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="`prior_share`"):
+        ReplayDataModule(mapping_loader(), prior_share=share)
+
+
+def test_a_prior_without_rows_is_refused_before_the_first_step() -> None:
+    module = Recorder()
+    with pytest.raises(ValueError, match="`prior` holds no row"):
+        quiet_trainer().fit(module, datamodule=ReplayDataModule(mapping_loader(), prior=[]))
+    assert not module.seen["fit"]

@@ -1,15 +1,17 @@
+import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lightning_replay.joint_forward import joint_forward
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
-from lightning_replay.reference import DisabledAdapter, FrozenCopy, adapter_is_idle
+from lightning_replay.reference import DisabledAdapter, FrozenCopy, MovingAverage, ReferenceKeeper, adapter_is_idle
 from tests.conftest import VOCABULARY
 from tests.modules import HandWritten, UserModule
 
@@ -182,3 +184,85 @@ def test_an_adapter_that_was_trained_before_or_a_base_that_trains_is_not_idle(ti
     open_base.module.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
     assert not adapter_is_idle(open_base)
     assert not adapter_is_idle(of(tiny_llama()))
+
+
+ADAPTERS: dict[str, Any] = {
+    "LoRA": LoraConfig(target_modules=["q_proj"], r=2),
+    "DoRA": LoraConfig(target_modules=["q_proj"], r=2, use_dora=True),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "LoHa": LoHaConfig(target_modules=["q_proj"], r=2),
+    "VeRA": VeraConfig(target_modules=["q_proj"], r=2),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_adapter_that_can_be_disabled_gives_the_base_model_when_trained(tiny_llama: Make, kind: str) -> None:
+    base = tiny_llama()(TOKENS).logits
+    model = of(get_peft_model(tiny_llama(), ADAPTERS[kind]))
+    assert adapter_is_idle(model)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    assert not torch.allclose(model.logits(TOKENS), base, atol=1e-3)
+    assert not adapter_is_idle(model)
+    with DisabledAdapter(model).active() as reference:
+        torch.testing.assert_close(reference.logits(TOKENS), base)
+
+
+def test_a_disabled_adapter_holds_no_memory_and_a_copy_holds_the_model_s(tiny_llama: Make) -> None:
+    model = lora(tiny_llama)
+
+    def held() -> int:
+        gc.collect()
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+        return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}.values())
+
+    size = sum(parameter.nbytes for parameter in model.module.parameters())
+    before = held()
+    disabled = DisabledAdapter(model)
+    with disabled.active():
+        assert held() == before
+    copy = FrozenCopy(model)
+    assert held() - before >= size
+    del copy
+
+
+def test_a_copy_can_be_kept_in_fewer_bits(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    with FrozenCopy(model, dtype=torch.bfloat16, device="cpu").active() as reference:
+        assert {parameter.dtype for parameter in reference.module.parameters()} == {torch.bfloat16}
+        logits = reference.logits(TOKENS)
+    assert logits.dtype == torch.bfloat16
+    exact = model.logits(TOKENS).detach()
+    assert float((logits - exact).norm() / exact.norm()) < 0.03
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+
+
+def test_a_moving_average_equals_its_closed_form(tiny_llama: Make) -> None:
+    model, decay = of(tiny_llama()), 0.9
+    average = MovingAverage(model, decay)
+    start = model.module.lm_head.weight.detach().clone()  # type: ignore[union-attr,operator]
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in model.module.parameters():
+                parameter.add_(1.0)
+        average.update(model)
+        with average.active() as reference:
+            # Weights w + t after step t: the average lags behind by the sum of the powers of the decay.
+            lag = sum(decay**i for i in range(1, step + 1))
+            expected = start + step - lag
+            torch.testing.assert_close(reference.module.lm_head.weight, expected)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "teacher"}, "'auto', 'copy', 'adapter', 'cached', 'ema'"),
+        ({"since": "last"}, "'fit' or 'first'"),
+        ({"ema_decay": 1.0}, "below 1; got 1.0"),
+    ],
+)
+def test_arguments_of_the_reference_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReferenceKeeper(**arguments)

@@ -1,3 +1,4 @@
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_replay import (
@@ -20,16 +22,19 @@ from lightning_replay import (
     ReplayBuffer,
     ReplayDataModule,
     SelfGeneratedReplay,
-    forward_kl,
     next_token_loss,
     sample_rows,
 )
+from lightning_replay.filters import Length
+from lightning_replay.language_model import find_language_model
+from lightning_replay.reference import FrozenCopy
 from lightning_replay.sampling import Samples
 from tests.modules import (
     HandWritten,
     OwnCrossEntropy,
     PairModule,
     PlainDescent,
+    Rows,
     TokensModule,
     UserModule,
     mapping_loader,
@@ -37,6 +42,7 @@ from tests.modules import (
     quiet_trainer,
     tensor_loader,
 )
+from tests.test_prompts import chat_tokenizer
 
 Make = Callable[..., LlamaForCausalLM]
 Prompts = Sequence[Sequence[int]]
@@ -54,8 +60,23 @@ def weights(module: nn.Module) -> Tensor:
 
 def train(module: L.LightningModule, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
     trainer = quiet_trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, datamodule=data)
+    if isinstance(data, L.LightningDataModule):
+        trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, data)
     return trainer
+
+
+def kl_by_hand(of: Tensor, given: Tensor) -> Tensor:
+    of, given = of.float(), given.float()
+    return (of.softmax(-1) * (of.log_softmax(-1) - given.log_softmax(-1))).sum(-1).mean()
+
+
+DIVERGENCES_BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda ours, theirs: kl_by_hand(theirs, ours),
+    "reverse": kl_by_hand,
+    "softened": lambda ours, theirs: kl_by_hand(theirs / 2, ours / 2),
+}
 
 
 class ByHand(PlainDescent):
@@ -89,7 +110,7 @@ class ByHand(PlainDescent):
         else:
             with torch.no_grad():
                 reference = self.reference[0](rows[:, :-1]).logits
-            added = forward_kl(logits, reference)
+            added = DIVERGENCES_BY_HAND[self.replay_loss](logits, reference)
         total: Tensor = own + self.coefficient * added
         return total
 
@@ -469,3 +490,272 @@ def test_a_step_that_never_calls_the_model_is_told(tiny_llama: Make) -> None:
     with pytest.raises(MisconfigurationException, match="never called LlamaForCausalLM"):
         train(module, ReplayDataModule(mapping_loader(), 0.2), SelfGeneratedReplay(refill_rows=4))
     assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "options"),
+    [
+        ("reverse", {"divergence": "reverse"}),
+        ("softened", {"divergence_temperature": 2.0}),
+        ("kl", {"reference": "copy"}),
+        ("kl", {"uses_per_sample": 3, "refill_rows": 5}),
+    ],
+)
+def test_other_divergences_and_uses_equal_a_loss_written_by_hand(
+    tiny_llama: Make, by_hand: str, options: dict[str, Any]
+) -> None:
+    ours, hand, drawn = PlainDescent(tiny_llama()), tiny_llama(), DrawnRows()
+    replay = SelfGeneratedReplay("kl", 2.0, sample_length=12, **{"refill_rows": 32} | options)
+    train(ours, ReplayDataModule(mapping_loader(), 0.2), replay, drawn, gradient_clip_val=0.5)
+    theirs = ByHand(hand, tiny_llama(), drawn.rows, by_hand, 2.0, joint=False)
+    quiet_trainer(gradient_clip_val=0.5).fit(theirs, mapping_loader())
+    torch.testing.assert_close(weights(ours.model), weights(hand), atol=2e-5, rtol=1e-4)
+    assert float((weights(hand) - weights(tiny_llama())).abs().max()) > 1e-2
+
+
+class LwfByHand(PlainDescent):
+    """Learning without forgetting, written into the step."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module) -> None:
+        super().__init__(model)
+        self.reference: list[nn.Module] = [reference.eval()]
+
+    def loss(self, batch: Any) -> Tensor:
+        output = self.model(**batch)
+        with torch.no_grad():
+            before = self.reference[0](batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = batch["labels"][:, 1:] != -100
+        p, q = output.logits[:, :-1].log_softmax(-1), before[:, :-1].log_softmax(-1)
+        total: Tensor = output.loss + 0.5 * (q.exp() * (q - p)).sum(-1)[mask].mean()
+        return total
+
+
+class Masked(DataLoader):  # type: ignore[type-arg]
+    """Batches of which some is padding and some no target, as chat data is."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            labels, mask = batch["labels"].clone(), batch["attention_mask"].clone()
+            labels[:, :4] = -100
+            labels[::2, 9:] = -100
+            mask[::2, 9:] = 0
+            yield {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}
+
+
+def test_learning_without_forgetting_equals_a_loss_written_by_hand_and_needs_no_replay_data(tiny_llama: Make) -> None:
+    results = []
+    for module, data, callbacks in (
+        (LwfByHand(tiny_llama(), tiny_llama()), Masked(Rows(), batch_size=8), []),
+        (PlainDescent(tiny_llama()), Masked(Rows(), batch_size=8), [SelfGeneratedReplay("lwf", 0.5)]),
+        (
+            PlainDescent(tiny_llama()),
+            ReplayDataModule(Masked(Rows(), batch_size=8), 0.2),
+            [SelfGeneratedReplay("lwf", 0.5)],
+        ),
+    ):
+        trainer = train(module, data, *callbacks, gradient_clip_val=0.5)
+        results.append(weights(module.model))
+        assert ("replay/loss" in trainer.callback_metrics) == bool(callbacks)
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+    assert torch.equal(results[1], results[2])
+    assert float((results[0] - weights(tiny_llama())).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["own cross-entropy", "tokens", "pairs"])
+def test_learning_without_forgetting_works_with_every_kind_of_module(tiny_llama: Make, kind: str) -> None:
+    torch.manual_seed(0)
+    module, loader = {
+        "own cross-entropy": lambda: (OwnCrossEntropy(tiny_llama()), mapping_loader()),
+        "tokens": lambda: (TokensModule(HandWritten()), tensor_loader()),
+        "pairs": lambda: (PairModule(HandWritten()), pair_loader()),
+    }[kind]()
+    trainer = train(module, loader, SelfGeneratedReplay("lwf"))
+    assert float(trainer.callback_metrics["replay/loss"]) > 0
+
+
+def test_a_cached_reference_of_the_whole_vocabulary_trains_as_a_frozen_copy_does(tiny_llama: Make) -> None:
+    results = {}
+    kinds: list[tuple[Any, int]] = [("copy", 1), ("cached", 32), ("cached", 4)]
+    for kind, top_k in kinds:
+        module, data, drawn = PlainDescent(tiny_llama()), ReplayDataModule(mapping_loader(), 0.2), DrawnRows()
+        replay = SelfGeneratedReplay(
+            "kl",
+            2.0,
+            reference=kind,
+            reference_top_k=top_k,
+            refill_rows=12,
+            sample_length=12,
+            seed=1,
+        )
+        train(module, data, replay, drawn, gradient_clip_val=0.5)
+        results[kind, top_k] = weights(module.model), torch.cat(drawn.rows)
+        copies = [value for value in vars(replay.reference).values() if isinstance(value, FrozenCopy)]
+        assert len(copies) == (kind == "copy")
+    assert torch.equal(results["copy", 1][1], results["cached", 32][1])
+    exact = results["copy", 1][0]
+    error, rough = (float((results["cached", k][0] - exact).abs().max()) for k in (32, 4))
+    assert error < 1e-3  # 16-bit log-probabilities
+    assert error < rough
+
+
+def test_a_cached_reference_samples_what_the_run_needs_and_never_again(tiny_llama: Make) -> None:
+    module, data = UserModule(tiny_llama(), learning_rate=0.1), ReplayDataModule(mapping_loader(), 0.2)
+    trainer = train(module, data, SelfGeneratedReplay(reference="cached"), max_steps=8)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 16
+    module, data = UserModule(tiny_llama()), ReplayDataModule(mapping_loader(), 0.2)
+    trainer = train(module, data, SelfGeneratedReplay(reference="cached", refill_rows=4), max_steps=8)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 4
+    assert trainer.callback_metrics["replay/uses"] > 1
+
+
+def test_a_cached_reference_with_an_adapter_is_refilled_and_real_rows_carry_it_too(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
+    real = Rows(16).tokens
+    data = ReplayDataModule(mapping_loader(), 0.2, prior=real, prior_share=0.5)
+    replay = SelfGeneratedReplay(reference="cached", reference_top_k=32, refill_rows=2)
+    trainer = train(UserModule(model), data, replay, max_steps=6)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 6
+    assert data.prior is not None
+    assert data.prior.top_k == 32
+
+
+def test_the_moving_average_follows_each_optimizer_step(tiny_llama: Make) -> None:
+    class Weights(L.Callback):
+        def __init__(self) -> None:
+            self.seen = [weights(tiny_llama())]
+
+        def on_before_zero_grad(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            self.seen.append(weights(pl_module.model))
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.seen.append(weights(pl_module.model))
+
+    module, seen = UserModule(tiny_llama()), Weights()
+    replay = SelfGeneratedReplay(reference="ema", ema_decay=0.7)
+    trainer = train(module, ReplayDataModule(mapping_loader(), 0.2), replay, seen, accumulate_grad_batches=2)
+    steps = [one for one, other in zip(seen.seen, seen.seen[1:], strict=False) if not torch.equal(one, other)]
+    expected = steps[0]
+    for weight in (*steps[1:], seen.seen[-1]):
+        expected = 0.7 * expected + 0.3 * weight
+    with replay.reference.get(trainer, find_language_model(module, None)).active() as average:
+        torch.testing.assert_close(weights(average.module), expected)
+
+
+def column(logger: CSVLogger, name: str) -> list[float]:
+    """The values that were logged under a name, in order."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize(("since", "same"), [("fit", False), ("first", True)])
+def test_a_sequence_of_fits_keeps_the_first_reference_where_asked(tiny_llama: Make, since: Any, same: bool) -> None:
+    module, replay = UserModule(tiny_llama()), SelfGeneratedReplay(reference_from=since)
+    for _ in range(2):
+        trainer = train(module, ReplayDataModule(mapping_loader(), 0.2), replay, max_steps=2)
+    with replay.reference.get(trainer, find_language_model(module, None)).active() as reference:
+        assert torch.equal(weights(reference.module), weights(tiny_llama())) == same
+
+
+def test_the_coefficient_may_follow_a_schedule(tiny_llama: Make, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    replay = SelfGeneratedReplay(coefficient=lambda step: 2.0 * step)
+    module = UserModule(tiny_llama())
+    train(module, ReplayDataModule(mapping_loader(), 0.2), replay, logger=logger, log_every_n_steps=1)
+    assert column(logger, "replay/coefficient") == [0, 2, 4, 6, 8, 10]
+    failing = SelfGeneratedReplay(coefficient=lambda step: 1.0 - step)
+    with pytest.raises(ValueError, match="returned for step 2 .* got -1.0"):
+        train(UserModule(tiny_llama()), ReplayDataModule(mapping_loader(), 0.2), failing)
+
+
+def test_rows_are_used_as_often_as_asked_and_their_age_and_uses_are_logged(tiny_llama: Make, tmp_path: Path) -> None:
+    logger, drawn = CSVLogger(tmp_path), DrawnRows()
+    replay = SelfGeneratedReplay(uses_per_sample=3, refill_rows=4, sample_length=12)
+    train(
+        UserModule(tiny_llama()),
+        ReplayDataModule(mapping_loader(), 0.2),
+        replay,
+        drawn,
+        logger=logger,
+        log_every_n_steps=1,
+        max_steps=12,
+    )
+    _, counts = torch.cat(drawn.rows).unique(dim=0, return_counts=True)
+    assert counts.tolist() == [3] * 8  # 24 draws of two refills
+    # The refill happens before the step, and ages are told after it: 1 to 6 steps, then again.
+    assert column(logger, "replay/age") == [1, 2, 3, 4, 5, 6] * 2
+    assert column(logger, "replay/uses") == [1, 1, 2, 2, 3, 3] * 2
+
+
+def test_quality_of_each_refill_and_dropped_samples_are_logged(tiny_llama: Make, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    replay = SelfGeneratedReplay(refill_rows=4, filters=[Length(24)], stop_at_eos=True, top_k=8)
+    data = ReplayDataModule(mapping_loader(), 0.2)
+    train(UserModule(tiny_llama()), data, replay, logger=logger, log_every_n_steps=1, max_steps=4)
+    names = ("distinct_1", "distinct_2", "repetition", "log_prob", "ended", "length")
+    quality = {name: column(logger, f"replay/quality/{name}") for name in names}
+    assert [len(values) for values in quality.values()] == [2] * 6  # 8 rows of two refills
+    assert quality["length"] == [24, 24]
+    assert all(-3.5 < value < 0 for value in quality["log_prob"])
+    assert column(logger, "replay/dropped/length")[-1] > 0
+
+
+def test_real_rows_alone_need_no_sampling(tiny_llama: Make) -> None:
+    module, drawn, real = PlainDescent(tiny_llama()), DrawnRows(), Rows(64, seed=3).tokens
+    data = ReplayDataModule(mapping_loader(), 0.2, prior=real, prior_share=1.0)
+    trainer = train(module, data, SelfGeneratedReplay(coefficient=2.0), drawn)
+    assert data.buffer is None
+    assert "replay/rows_sampled" not in trainer.callback_metrics
+    theirs = ByHand(tiny_llama(), tiny_llama(), drawn.rows, "kl", 2.0, joint=False)
+    quiet_trainer().fit(theirs, mapping_loader())
+    torch.testing.assert_close(weights(module.model), weights(theirs.model), atol=2e-5, rtol=1e-4)
+
+
+def test_a_chat_model_replays_its_own_conversations(tiny_llama: Make) -> None:
+    drawn = DrawnRows()
+    replay = SelfGeneratedReplay(prompts="chat", loss_on="answer", tokenizer=chat_tokenizer(), sequence_length=24)
+    trainer = train(UserModule(tiny_llama()), ReplayDataModule(mapping_loader(), 0.2), replay, drawn)
+    assert float(trainer.callback_metrics["replay/loss"]) > 0
+    assert float(trainer.callback_metrics["replay/dropped/unanswered"]) > 0
+    assert all(row[:2].tolist() == [1, 3] and 4 in row.tolist() for row in torch.cat(drawn.rows))
+
+
+@pytest.mark.parametrize(
+    "options", [{"reference": "ema"}, {"reference": "cached"}, {"loss": "lwf"}, {"source": "live"}]
+)
+def test_every_reference_resumes_where_it_stopped(tiny_llama: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+    def run(checkpoint: Path | None = None) -> UserModule:
+        module = UserModule(tiny_llama())
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        replay = SelfGeneratedReplay(refill_rows=4, seed=5, uses_per_sample=2, **options)
+        data = ReplayDataModule(mapping_loader(24), 0.2, prior=Rows(16, seed=2).tokens, prior_share=0.25)
+        trainer = quiet_trainer(enable_checkpointing=True, callbacks=[replay, saver])
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        return module
+
+    straight, resumed = run(), run(tmp_path / "step=3.ckpt")
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"divergence": "js"}, "'forward', 'reverse', 'jensen_shannon'"),
+        ({"divergence_temperature": 0.0}, "`divergence_temperature`"),
+        ({"reference": "cached", "source": "live"}, "Rows of the live model are not among them"),
+        ({"reference": "cached", "loss": "lwf"}, "Rows of the new task are not among them"),
+        ({"reference_dtype": "int8"}, "`reference_dtype`"),
+        ({"reference_top_k": 0}, "`reference_top_k`"),
+        ({"uses_per_sample": 0}, "`uses_per_sample`"),
+        ({"min_p": 0.0}, "`min_p`"),
+    ],
+)
+def test_more_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfGeneratedReplay(**arguments)
+
+
+def test_an_adapter_that_is_not_there_is_refused(tiny_llama: Make) -> None:
+    module = UserModule(tiny_llama())
+    with pytest.raises(MisconfigurationException, match="switches a fresh PEFT adapter off"):
+        train(module, ReplayDataModule(mapping_loader(), 0.2), SelfGeneratedReplay(reference="adapter"))
+    assert not module.batches

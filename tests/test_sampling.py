@@ -295,4 +295,4 @@ def test_stop_tokens_are_those_of_tokenizer_and_configurations(tiny_llama: Make)
 )
 def test_numbers_out_of_range_are_refused(tiny_llama: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        drawn_with(of(tiny_llama()), **{"prompts": [[1]], "length": 8} | options)
+        drawn_with(of(tiny_llama()), options.pop("prompts", [[1]]), 8, **options)
