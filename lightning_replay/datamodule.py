@@ -163,7 +163,7 @@ class ReplayDataModule(pl.LightningDataModule):
                     "`training_step(dataloader_iter)` fetches its batches past the batch-transfer hooks, where replay "
                     "rows are mixed in. Write it as `training_step(batch, batch_idx)`."
                 )
-        if stage == "fit" and self._prior is not None and self.prior is None:
+        if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
             self.prior = _read(self._prior)
         self.wrapped.setup(stage)
 

@@ -69,8 +69,8 @@ class SelfGeneratedReplay(Callback):
     TensorBoard and Weights & Biases as text.
 
     Note:
-        Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0. Sampling touches neither the global
-        random state nor the modes of the model.
+        Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
+        rows. Sampling touches neither the global random state nor the modes of the model.
 
     Args:
         loss: ``"kl"``: divergence from the reference model to the trained one on replay rows, over the full
@@ -433,11 +433,12 @@ class SelfGeneratedReplay(Callback):
         rows = min(buffer.capacity, _REFILL_ROWS if self.refill_rows == "auto" else self.refill_rows)
         if self._never_refills(model):
             rows = buffer.capacity
-            if trainer.ckpt_path is not None:
+            later_fit = self.reference.since == "first" and generator.rows > 0
+            if trainer.ckpt_path is not None or later_fit:
                 raise MisconfigurationException(
-                    f"`reference='cached'` samples all rows before the first step, but {trainer.ckpt_path}, from which "
-                    "the run resumes, holds none, and the model that they come from is gone. Resume from a full "
-                    "checkpoint, or use another reference."
+                    "`reference='cached'` samples all rows before the first step, and the model that they come from is "
+                    f"gone: {'an earlier fit has' if later_fit else f'the run up to {trainer.ckpt_path} has'} trained "
+                    "it. Resume from a full checkpoint, keep the datamodule of the first fit, or use another reference."
                 )
         started, first = time.perf_counter(), not generator.rows
         key = (self.seed, trainer.global_rank)
@@ -551,6 +552,7 @@ def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> N
 
 def _disconnect(data: ReplayDataModule) -> None:
     data.refill = None
+    data.uses_per_sample = 1
     data.joins_batch = True
     data.drawn = None
 
