@@ -100,6 +100,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.replay_fraction = replay_fraction
         self.mode: Mode = mode
         self.buffer = buffer
+        self.prior_share = prior_share
         self.to_batch = to_batch
         self.refill: Callable[[Any], None] | None = None
         """Called with the batch of new rows when every row of the buffer has been used and more are needed."""
@@ -219,7 +220,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.drawn = None
         if not self.replay_fraction or (self.refill is None and not self.buffer and not self.prior):
             return batch
-        total = self._count(batch)
+        total = self.count(batch)
         kept, replayed = self._shares(total)
         if kept < total:
             batch = crop_batch(batch, kept)
@@ -232,7 +233,8 @@ class ReplayDataModule(pl.LightningDataModule):
             return self.to_batch(batch, rows)
         return join_rows(batch, rows, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
 
-    def _count(self, batch: Any) -> int:
+    def count(self, batch: Any) -> int:
+        """The number of rows in a batch of any kind that this datamodule can mix."""
         try:
             return row_count(batch)
         except TypeError:

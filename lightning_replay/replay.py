@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.batches import inputs_and_targets, row_count, row_length
+from lightning_replay.batches import inputs_and_targets, row_length
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
@@ -260,7 +260,7 @@ class SelfGeneratedReplay(Callback):
         source = self._source(trainer, model)
         if self.loss == "kl" and not self._caches:
             self.reference.get(trainer, model)
-        self._check_fit(model, data)
+        self._check_fit(pl_module, model, data)
         if self._caches:
             self._cache_prior(trainer, model, data, source)
 
@@ -488,7 +488,7 @@ class SelfGeneratedReplay(Callback):
                 lambda rows: cache_reference(active, rows, self.reference_top_k, self.divergence_temperature)
             )
 
-    def _check_fit(self, model: LanguageModel, data: ReplayDataModule) -> None:
+    def _check_fit(self, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule) -> None:
         """Refuse samples that the model has no room or no tokens for."""
         buffer = data.buffer
         if buffer is not None and self.sequence_length not in (None, buffer.length):
@@ -496,26 +496,29 @@ class SelfGeneratedReplay(Callback):
                 f"`sequence_length={self.sequence_length}`, but the datamodule's buffer holds rows of {buffer.length} "
                 "tokens. Leave one of them out."
             )
-        if buffer is not None:
-            check_tokens(buffer.max_token, "The replay buffer holds", model)
-        if data.prior is not None:
-            check_tokens(data.prior.max_token, "The prior rows hold", model)
-        self.generator.bind(model, self._find_tokenizer(data))
-        length = buffer.length if buffer is not None else self.sequence_length
-        if length is not None:
-            self.generator.check_length(length, model)
         if self._caches and buffer is not None and not buffer.top_k:
             raise MisconfigurationException(
                 "`reference='cached'` keeps log-probabilities beside the rows, but the datamodule's buffer keeps "
                 f"none. Make it with `ReplayBuffer(..., top_k={self.reference_top_k})`, or leave it to the callback."
             )
+        if buffer is not None:
+            check_tokens(buffer.max_token, "The replay buffer holds", model)
+        if data.prior is not None:
+            check_tokens(data.prior.max_token, "The prior rows hold", model)
+            if data.prior_share == 1:
+                return  # nothing will be sampled
+        self.generator.bind(model, self._find_tokenizer(pl_module, data))
+        length = buffer.length if buffer is not None else self.sequence_length
+        if length is not None:
+            self.generator.check_length(length, model)
 
-    def _find_tokenizer(self, data: ReplayDataModule) -> Any:
-        return self.tokenizer if self.tokenizer is not None else getattr(data, "tokenizer", None)
+    def _find_tokenizer(self, pl_module: pl.LightningModule, data: ReplayDataModule) -> Any:
+        holders = (self, data, pl_module)
+        return next((held for holder in holders if (held := getattr(holder, "tokenizer", None)) is not None), None)
 
     def _log_previews(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: ReplayRows) -> None:
         assert self._data is not None
-        tokenizer = self._find_tokenizer(self._data) or getattr(pl_module, "tokenizer", None)
+        tokenizer = self._find_tokenizer(pl_module, self._data)
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
         texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
         for logger in trainer.loggers if texts else ():
@@ -564,7 +567,7 @@ def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) ->
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
     total = min(batches * epochs, steps)
     share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
-    return None if math.isinf(total) else math.ceil(total * row_count(batch) * share)
+    return None if math.isinf(total) else math.ceil(total * data.count(batch) * share)
 
 
 def _new_targets(batch: Any, observed: ObservedForward, ignore_index: int) -> Tensor | None:

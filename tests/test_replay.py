@@ -710,6 +710,13 @@ def test_real_rows_alone_need_no_sampling(tiny_llama: Make) -> None:
     torch.testing.assert_close(weights(module.model), weights(theirs.model), atol=2e-5, rtol=1e-4)
 
 
+def test_real_rows_alone_need_no_start_token() -> None:
+    torch.manual_seed(0)
+    data = ReplayDataModule(tensor_loader(), 0.2, prior=Rows(16, seed=3).tokens, prior_share=1.0)
+    trainer = train(TokensModule(HandWritten()), data, SelfGeneratedReplay())
+    assert float(trainer.callback_metrics["replay/loss"]) > 0
+
+
 def test_a_chat_model_replays_its_own_conversations(tiny_llama: Make) -> None:
     drawn = DrawnRows()
     replay = SelfGeneratedReplay(prompts="chat", loss_on="answer", tokenizer=chat_tokenizer(), sequence_length=24)
