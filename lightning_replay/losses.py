@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
-    "DIVERGENCES",
     "Divergence",
     "divergence_from_top_k",
     "forward_kl",
@@ -24,6 +24,9 @@ Reduction = Literal["mean", "none"]
 
 _NEVER = -1e30
 """Log-probability of the impossible: finite, so that zero times it is zero and not NaN."""
+
+_PART = {"cpu": 2**18, "device": 2**26}
+"""Logits compared at a time: on a CPU as many as its caches hold, elsewhere enough to keep the device busy."""
 
 
 def forward_kl(
@@ -135,7 +138,9 @@ def top_k_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[T
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"`k` is from 1 to the vocabulary's {logits.shape[-1]} tokens; got {k}.")
     ids = logits.topk(k, dim=-1).indices
-    return ids, _buckets(logits, ids, temperature)
+    log_probs = _bucket_logits(logits, ids, temperature).log_softmax(-1).clamp(min=_NEVER)
+    # Where no token is left for it, the tail is impossible.
+    return ids, F.pad(log_probs, (0, k + 1 - log_probs.shape[-1]), value=_NEVER)
 
 
 def divergence_from_top_k(
@@ -186,11 +191,8 @@ def divergence_from_top_k(
             f"Logits of shape {tuple(logits.shape)} go with k ids and k + 1 log-probabilities a position; got ids of "
             f"shape {tuple(ids.shape)} and log-probabilities of shape {tuple(log_probs.shape)}."
         )
-    reference = _log_probs(log_probs.detach(), temperature=1.0)
-    ours = _buckets(logits, ids.long(), temperature)
-    if ids.shape[-1] == logits.shape[-1]:  # no token is left for the tail
-        reference, ours = reference[..., :-1], ours[..., :-1]
-    values = DIVERGENCES[kind](ours, reference)
+    ours = _bucket_logits(logits, ids.long(), temperature)
+    values = _compare(ours, log_probs.detach()[..., : ours.shape[-1]], kind, temperature=1.0)
     return values if reduction == "none" else _mean(values, mask)
 
 
@@ -227,21 +229,79 @@ def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None)
     return _mean(losses.view_as(targets), mask)
 
 
-def _kl(of: Tensor, given: Tensor) -> Tensor:
-    return F.kl_div(given, of, reduction="none", log_target=True).sum(-1)
+def _forward_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    values = reference.sub_(ours).mul_(pi).sum(-1)
+    p.sub_(pi)
+    return values
 
 
-def _jensen_shannon(ours: Tensor, reference: Tensor) -> Tensor:
-    middle = torch.logaddexp(ours, reference) - math.log(2)
-    return 0.5 * (_kl(reference, middle) + _kl(ours, middle))
+def _reverse_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    values = (ours.sub_(reference) * p).sum(-1)
+    p.mul_(ours.sub_(values.unsqueeze(-1)))
+    return values
 
 
-DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward": lambda ours, reference: _kl(reference, ours),
-    "reverse": _kl,
-    "jensen_shannon": _jensen_shannon,
+def _jensen_shannon_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    middle = torch.logaddexp(ours, reference).sub_(math.log(2))
+    to_ours = (ours.sub_(middle) * p).sum(-1)
+    to_reference = reference.sub_(middle).mul_(pi).sum(-1)
+    p.mul_(ours.sub_(to_ours.unsqueeze(-1))).mul_(0.5)
+    return 0.5 * (to_ours + to_reference)
+
+
+_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "forward": _forward_,
+    "reverse": _reverse_,
+    "jensen_shannon": _jensen_shannon_,
 }
-"""Divergences of log-probabilities, ours and the reference's, over the last dimension."""
+"""Of log-probabilities, ours and the reference's, and the same probabilities, shape ``(positions, outcomes)`` each:
+the divergence of each position. All four are overwritten, ours with the gradient with respect to our logits."""
+
+
+class _Divergence(torch.autograd.Function):
+    """Divergences of all positions and, in the same pass, their gradient: a part of the positions at a time.
+
+    Autograd would keep five or six tensors of the logits' size in 32 bits. Here the gradient alone is kept whole, in
+    the logits' own type, and every part works in the memory of the one before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, kind: Divergence, temperature: float) -> Tensor:
+        shape, outcomes = logits.shape[:-1], logits.shape[-1]
+        logits, reference_logits = logits.reshape(-1, outcomes), reference_logits.reshape(-1, outcomes)
+        values = torch.empty(len(logits), device=logits.device)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            # Not yet scaled, it would vanish in 16 bits of which few are exponent.
+            dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+            gradient = torch.empty_like(logits, dtype=dtype)
+        part = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // outcomes)
+        memory = torch.empty(4, min(part, len(logits)), outcomes, device=logits.device)
+        for start in range(0, len(logits), part):
+            some = slice(start, start + part)
+            ours, reference, p, pi = memory[:, : len(logits[some])]
+            for given, log_probs, probs in ((logits, ours, p), (reference_logits, reference, pi)):
+                softened = _softened(given[some], temperature)
+                torch.log_softmax(softened, -1, out=log_probs).clamp_(min=_NEVER)
+                torch.softmax(softened, -1, out=probs)
+            values[some] = _DIVERGENCES[kind](ours, reference, p, pi)
+            if gradient is not None:
+                gradient[some] = p if temperature == 1 else p.div_(temperature)
+        ctx.save_for_backward(gradient)
+        ctx.dtype, ctx.shape = logits.dtype, shape
+        return values.view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = (gradient * upstream.reshape(-1, 1)).to(ctx.dtype)
+        return scaled.view(*ctx.shape, -1), None, None, None
+
+
+def _compare(logits: Tensor, reference_logits: Tensor, kind: Divergence, temperature: float) -> Tensor:
+    values: Tensor = _Divergence.apply(logits, reference_logits, kind, temperature)  # type: ignore[no-untyped-call]
+    return values
 
 
 def _divergence(
@@ -257,27 +317,25 @@ def _divergence(
             f"Model and reference give logits of one shape; got {tuple(logits.shape)} "
             f"and {tuple(reference_logits.shape)}."
         )
-    ours, reference = _log_probs(logits, temperature), _log_probs(reference_logits.detach(), temperature)
-    values = DIVERGENCES[kind](ours, reference)
+    values = _compare(logits, reference_logits.detach(), kind, temperature)
     return values if reduction == "none" else _mean(values, mask)
 
 
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in 32-bit floats, divided by the temperature."""
     if not temperature > 0:
         raise ValueError(f"`temperature` divides the logits and is above 0; got {temperature}.")
-    logits = logits.float()
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp(min=_NEVER)
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def _buckets(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the tokens ``ids`` and, last, of all other tokens together."""
-    log_probs = _log_probs(logits, temperature)
-    chosen = log_probs.gather(-1, ids)
+def _bucket_logits(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Logits of the tokens ``ids`` and, last, of all other tokens together, where there are others."""
+    logits = _softened(logits, temperature)
+    chosen = logits.gather(-1, ids)
     if ids.shape[-1] == logits.shape[-1]:
-        tail = torch.full_like(chosen[..., :1], _NEVER)
-    else:
-        # Not as 1 - sum: where the tail is small, that would be rounding error alone.
-        tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=_NEVER)
+        return chosen
+    # Not as 1 - sum of the others: where the tail is small, that would be rounding error alone.
+    tail = logits.scatter(-1, ids, -torch.inf).clamp(min=_NEVER).logsumexp(-1, keepdim=True)
     return torch.cat([chosen, tail], -1)
 
 
