@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_replay.buffer import ReplayRows
+from lightning_replay.decoding import rows_at_a_time
 from lightning_replay.filters import Filter, filter_name
 from lightning_replay.language_model import LanguageModel
 from lightning_replay.losses import top_k_log_probs
@@ -26,8 +27,6 @@ LossOn = Literal["sample", "answer"]
 
 _ROUNDS = 10
 """How often samples are drawn anew where filters drop too many."""
-_BATCH = 256
-"""Samples decoded at a time, at most."""
 
 
 class RowGenerator:
@@ -51,6 +50,7 @@ class RowGenerator:
         rows: Rows so far.
         seconds: Wall-clock time spent so far; whoever calls adds to it.
         dropped: How many samples each filter has dropped so far.
+        batch_size: Samples decoded at a time; None as long as that has not been found out.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class RowGenerator:
         self.samples_drawn = 0
         self.rows = 0
         self.seconds = 0.0
+        self.batch_size: int | None = None
         self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in self.filters})
         self._prompts = Prompts([], [])
         self._ends: list[int] = []
@@ -209,6 +210,7 @@ class RowGenerator:
             "rows": self.rows,
             "seconds": self.seconds,
             "dropped": dict(self.dropped),
+            "batch_size": self.batch_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,6 +220,7 @@ class RowGenerator:
         self.rows = state["rows"]
         self.seconds = state["seconds"]
         self.dropped = Counter(state["dropped"])
+        self.batch_size = state.get("batch_size")
 
     def _sample(
         self,
@@ -231,6 +234,7 @@ class RowGenerator:
         starts = [self._prompts.starts[place] for place in self._in_passes(number, seed)]
         self.samples_drawn += number
         if self.sampler is None:
+            self.batch_size = self.batch_size or rows_at_a_time(model, piece)
             samples = self._draw(
                 model,
                 starts,
@@ -238,12 +242,17 @@ class RowGenerator:
                 generator,
                 stop=self._ends if self.stop_at_eos else (),
                 reply=self._prompts.reply,
-                batch_size=_BATCH,
+                batch_size=self.batch_size,
+                shrunk=self._shrink,
                 progress=progress,
             )
         else:
             samples = _as_samples(self.sampler(model, starts, piece, generator), starts, piece)
         return Samples(*(None if part is None else part.cpu() for part in samples))  # type: ignore[arg-type]
+
+    def _shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        rank_zero_warn(f"Replay: memory ran out while sampling; going on with {batch_size} samples at a time.")
 
     def _in_passes(self, number: int, seed: int) -> list[int]:
         """Places of the next prompts: all of them in random order, then all again in another."""

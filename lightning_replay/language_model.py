@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 __all__ = ["LanguageModel", "evaluating", "find_language_model"]
 
+_STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "context_length")
 
 
@@ -27,7 +28,8 @@ class LanguageModel:
             or as a tuple's first tensor of that shape.
         vocabulary: Size of the last dimension of its logits.
         context: The longest row that it takes, where its configuration tells.
-        has_cache: Whether it keeps keys and values between calls, the Hugging Face way.
+        has_cache: Whether it keeps what it has read between calls, the Hugging Face way: keys and values, or the
+            state of a recurrent model.
     """
 
     module: nn.Module
@@ -125,6 +127,14 @@ def argument_names(module: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
+def state_argument(module: nn.Module) -> str | None:
+    """The argument in which a Hugging Face model takes what it has read, and the field in which it gives it back."""
+    module = getattr(module, "_orig_mod", module)
+    base: Any = module
+    names = argument_names(base.get_base_model() if is_adapted(module) else module)
+    return next((name for name in _STATE_NAMES if name in names), None) if "use_cache" in names else None
+
+
 def _guess(pl_module: pl.LightningModule) -> tuple[nn.Module, str]:
     pretrained = _outermost_pretrained(pl_module)
     if len(pretrained) > 1:
@@ -168,17 +178,30 @@ def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageMo
     context = next((int(v) for n in _CONTEXT_NAMES if (v := getattr(config, n, None)) is not None), None)
     bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    try:
-        with evaluating(module):
+    with evaluating(module):
+        try:
             logits = bare.logits(tokens)
-            # One more call tells whether keys and values come back; only the Hugging Face way is known.
-            asks_for_cache = isinstance(getattr(module, "_orig_mod", module), PreTrainedModel) or is_adapted(module)
-            cache = getattr(module(tokens, use_cache=True), "past_key_values", None) if asks_for_cache else None
-    except Exception as error:  # whatever the user's forward raises is the reason to show
-        raise _no_logits(where, f"called with two tokens it raised {type(error).__name__}: {error}") from error
-    if logits.shape[:2] != (1, 2):
-        raise _no_logits(where, f"called with tokens of shape (1, 2) it gave logits of shape {tuple(logits.shape)}")
-    return LanguageModel(module, logits.shape[2], context, has_cache=cache is not None)
+        except Exception as error:  # whatever the user's forward raises is the reason to show
+            raise _no_logits(where, f"called with two tokens it raised {type(error).__name__}: {error}") from error
+        if logits.shape[:2] != (1, 2):
+            raise _no_logits(where, f"called with tokens of shape (1, 2) it gave logits of shape {tuple(logits.shape)}")
+        return LanguageModel(module, logits.shape[2], context, has_cache=_goes_on(module, tokens, logits))
+
+
+def _goes_on(module: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
+    """Whether a model says the same of two tokens at once and of the second one alone, given what it kept of the first.
+
+    A promise in a signature is not enough: states come in many forms, and a wrong one would spoil samples silently.
+    """
+    name = state_argument(module)
+    if name is None:
+        return False
+    state = getattr(module(tokens[:, :1], use_cache=True), name, None)
+    if state is None:
+        return False
+    second = find_logits(module(tokens[:, 1:], use_cache=True, **{name: state}))[:, -1]
+    tolerance = 64 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    return bool((second - logits[:, -1]).abs().max() <= tolerance)
 
 
 def _no_logits(where: str, reason: str) -> MisconfigurationException:

@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lightning_replay.decoding import Decoder
 from lightning_replay.language_model import LanguageModel
 
 __all__ = ["Sampler", "Samples", "sample_rows", "start_token", "stop_tokens", "truncation"]
@@ -57,13 +60,15 @@ def sample_rows(
     min_p: float | None = None,
     stop: Sequence[int] = (),
     reply: Sequence[int] = (),
+    part: slice = slice(None),
     batch_size: int | None = None,
+    shrunk: Callable[[int], Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Samples:
     """Continue prompts with tokens drawn from the model's distribution, by default exactly and to the full length.
 
     All random numbers are drawn first, on the CPU, so a sample depends on the generator's state and its place alone,
-    whatever the device and the batch size. A model that keeps keys and values is called on one token at a time; any
+    whatever the device and the batch size. A model that keeps what it has read is called on one token at a time; any
     other on the whole prefix, which costs ``length`` / 2 times as much. Prompts of different lengths are read token
     by token where others are drawn already, so nothing is padded on the left.
 
@@ -80,7 +85,9 @@ def sample_rows(
         reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
             reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
             and ``stop`` ends the second turn.
-        batch_size: Samples decoded at a time; all at once by default.
+        part: Which of the samples to draw, where several processes share the work; all of them by default.
+        batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
+        shrunk: Called with each smaller batch size.
         progress: Called with the number of tokens drawn since it was last called.
 
     Returns:
@@ -89,6 +96,7 @@ def sample_rows(
     Raises:
         ValueError: If a prompt is empty or as long as ``length``, or a number is out of its range.
         FloatingPointError: If the model gives NaN or infinite logits.
+        MemoryError: If memory doesn't do for a single sample.
     """
     starts = [[int(token) for token in prompt] for prompt in prompts]
     shortest, longest = min(map(len, starts)), max(map(len, starts))
@@ -98,10 +106,27 @@ def sample_rows(
     # -1 stands where a token is to be drawn.
     given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
     uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
-    parts = [
-        _decode(model, given[some], uniforms[some], warp, stop, reply, progress)
-        for some in torch.arange(len(starts)).split(batch_size or len(starts))  # type: ignore[no-untyped-call]
-    ]
+    given, uniforms = given[part], uniforms[part]
+    batch_size, done, parts = batch_size or len(given), 0, []
+    while done < len(given):
+        some = slice(done, done + batch_size)
+        try:
+            parts.append(_decode(model, given[some], uniforms[some], warp, stop, reply, progress))
+            done += batch_size
+            continue
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise
+            if batch_size == 1:
+                raise MemoryError(
+                    f"Memory ran out while a single sample of {length} tokens was drawn. Set a smaller "
+                    "`sequence_length` or `sample_length`, or keep the reference elsewhere with `reference_device`."
+                ) from error
+        # Out here nothing holds on to what the failed attempt had allocated.
+        garbage_collection_cuda()
+        batch_size //= 2
+        if shrunk is not None:
+            shrunk(batch_size)
     return Samples(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
@@ -165,24 +190,18 @@ def _decode(
     rows, length = given.shape
     device = model.device
     first = length - uniforms.shape[1]
-    precision = torch.float32 if device.type == "mps" else torch.float64
-    given, uniforms = given.to(device), uniforms.to(device, precision)
+    given, uniforms = given.to(device), uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
     tokens = given.clamp(min=0)
     drawn = torch.zeros(rows, length, dtype=torch.bool, device=device)
     log_probs = torch.zeros(rows, length, device=device)
     turns = _Turns(rows, length, stop, reply, device)
     sane = torch.ones((), dtype=torch.bool, device=device)
-    cache: Any = None
+    decoder = Decoder(model, length)
     for position in range(first, length):
-        if model.has_cache:
-            unread = tokens[:, :position] if cache is None else tokens[:, position - 1 : position]
-            output = model.module(unread, past_key_values=cache, use_cache=True)
-            logits, cache = output.logits[:, -1].float(), output.past_key_values
-        else:
-            logits = model.logits(tokens[:, :position])[:, -1].float()
+        logits = decoder.next_logits(tokens[:, :position])
         probabilities = logits.softmax(-1)
         token, total = _draw(
-            probabilities if warp is None else warp(logits).softmax(-1), uniforms[:, position - first, None], precision
+            probabilities if warp is None else warp(logits).softmax(-1), uniforms[:, position - first, None]
         )
         sane &= total.isfinite().all()
         forced = turns.forced(given[:, position])
@@ -201,16 +220,36 @@ def _decode(
     return Samples(tokens, turns.lengths, drawn, log_probs, turns.replies if reply else None)
 
 
-def _draw(probabilities: Tensor, uniforms: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row, by inverse transform sampling, and the sum of the probabilities.
 
     The first token whose cumulative probability exceeds a uniform number: the same distribution as that of
-    `torch.multinomial`, without a random number for each token of the vocabulary.
+    `torch.multinomial`, without a random number for each token of the vocabulary. Found in two steps, among blocks of
+    tokens and then in the block, so that no cumulative sum goes over the whole vocabulary.
     """
-    cumulative = probabilities.cumsum(-1, dtype=precision)
+    vocabulary = probabilities.shape[1]
+    block = 1 << (vocabulary.bit_length() // 2)
+    whole = vocabulary // block * block
+    masses = probabilities[:, :whole].view(len(probabilities), -1, block).sum(-1)
+    if whole < vocabulary:
+        masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
+    cumulative = masses.cumsum(-1, dtype=uniforms.dtype)
     total = cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniforms * total, right=True).squeeze(1)
-    return token.clamp_(max=probabilities.shape[1] - 1), total
+    wanted = uniforms * total
+    chosen = _first_above(cumulative, wanted)
+    columns = chosen * block + torch.arange(block, device=chosen.device)
+    inside = probabilities.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0)
+    before = F.pad(cumulative, (1, 0)).gather(1, chosen)
+    token = chosen * block + _first_above(inside.cumsum(-1, dtype=uniforms.dtype), wanted - before)
+    return token.squeeze(1).clamp(max=vocabulary - 1), total
+
+
+def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """The first place in each row whose cumulative sum exceeds the number wanted; never one that adds nothing."""
+    total = cumulative[:, -1:]
+    # Rounding may bring what is wanted up to the total, past which there is no place.
+    place = torch.searchsorted(cumulative, wanted.minimum(total.nextafter(torch.zeros_like(total))), right=True)
+    return place.clamp(max=cumulative.shape[1] - 1)
 
 
 class _Turns:
