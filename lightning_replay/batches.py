@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_replay.buffer import ReplayRows
 
-__all__ = ["crop_batch", "inputs_and_targets", "join_rows", "row_count", "row_length", "rows_of"]
+__all__ = ["crop_batch", "inputs_and_targets", "join_rows", "row_count", "row_length", "rows_of", "token_count"]
 
 PaddingSide = Literal["left", "right"]
 
@@ -38,6 +38,19 @@ def row_length(batch: Any) -> int:
         9
     """
     return _tokens(batch).shape[1] + (1 if isinstance(batch, (tuple, list)) else 0)
+
+
+def token_count(batch: Any) -> int:
+    """The number of tokens in a batch, padding included; 0 for a batch of a kind that is not known.
+
+    Example:
+        >>> token_count({"input_ids": torch.zeros(3, 8, dtype=torch.int64)})
+        24
+    """
+    try:
+        return _tokens(batch).numel()
+    except TypeError:
+        return 0
 
 
 def crop_batch(batch: Any, rows: int) -> Any:

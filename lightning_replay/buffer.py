@@ -199,6 +199,11 @@ class ReplayBuffer:
         self._deck = self._shuffled(waiting.nonzero().squeeze(1))
         self._passes = 0
 
+    def renew(self) -> None:
+        """Let every row be drawn as often again as if all had just been added."""
+        self._deck = self._shuffled(torch.arange(len(self)))
+        self._passes = 0
+
     def draw(self, rows: int) -> ReplayRows:
         """Take rows at random, without replacement within a pass.
 

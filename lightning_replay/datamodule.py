@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of
+from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 
 __all__ = ["ReplayDataModule"]
@@ -110,6 +110,10 @@ class ReplayDataModule(pl.LightningDataModule):
         """Whether drawn rows join the batch; where not, somebody else sees to it that they are trained on."""
         self.drawn: ReplayRows | None = None
         """The replay rows of the batch that was last made ready for training."""
+        self.new_tokens = 0
+        """Tokens of new rows in this fit, padding included; 0 for batches of a kind that is not known."""
+        self.replay_tokens = 0
+        """Tokens of replay rows in this fit."""
         self.prior: ReplayBuffer | None = None
         """Real prior rows, from the start of the fit on."""
 
@@ -164,6 +168,8 @@ class ReplayDataModule(pl.LightningDataModule):
                     "`training_step(dataloader_iter)` fetches its batches past the batch-transfer hooks, where replay "
                     "rows are mixed in. Write it as `training_step(batch, batch_idx)`."
                 )
+        if stage == "fit":
+            self.new_tokens = self.replay_tokens = 0
         if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
             self.prior = _read(self._prior)
         self.wrapped.setup(stage)
@@ -224,9 +230,11 @@ class ReplayDataModule(pl.LightningDataModule):
         kept, replayed = self._shares(total)
         if kept < total:
             batch = crop_batch(batch, kept)
+        self.new_tokens += token_count(batch)
         if not replayed:
             return batch
         rows = self.drawn = self._draw(replayed, batch)
+        self.replay_tokens += int(rows.lengths.sum())
         if not self.joins_batch:
             return batch
         if self.to_batch is not None:

@@ -1,5 +1,6 @@
 """The callback that watches held-out prior data, so that forgetting is seen while it happens."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class ForgettingMonitor(Callback):
     - ``prior_loss/<name>``: next-token loss, in nats a token; ``prior_perplexity/<name>``: its exponential.
     - ``prior_accuracy/<name>``: share of next tokens that the model thinks most likely.
     - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
+
+    ``forgetting/seconds`` is the time spent on all of this so far.
 
     Note:
         A callback that swaps weights in the same hooks, such as ``WeightAveraging``, decides by its place in the
@@ -86,6 +89,9 @@ class ForgettingMonitor(Callback):
         self.language_model = language_model
         self.baseline: dict[str, float] = {}
         """Loss on each set at fit start, in nats a token."""
+
+        self.seconds = 0.0
+        """Wall-clock time spent on measuring, over all fits."""
 
         self._own_reference = ReferenceKeeper()
         self._resumed = False
@@ -170,9 +176,12 @@ class ForgettingMonitor(Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate every prior set and hand the values to the loggers and to other callbacks."""
         values: dict[str, float] = {}
+        started = time.perf_counter()
         with isolate_rng():
             for name in self.prior:
                 values |= self._evaluate(trainer, pl_module, name)
+        self.seconds += time.perf_counter() - started
+        values["forgetting/seconds"] = self.seconds
         self._measured_at = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

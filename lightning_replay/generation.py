@@ -1,5 +1,6 @@
 """Making replay rows: samples are drawn, filtered, cut or packed to rows, and measured."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,8 @@ __all__ = ["LossOn", "RowGenerator", "cache_reference", "stream"]
 
 LossOn = Literal["sample", "answer"]
 
+_MANY, _FEW = 8, 0.05
+"""Tokens that can't be equal by chance, and the share of samples of equal ones that is no cause for worry."""
 _ROUNDS = 10
 """How often samples are drawn anew where filters drop too many."""
 
@@ -94,6 +97,12 @@ class RowGenerator:
         self._prompts = Prompts([], [])
         self._ends: list[int] = []
 
+    def fork(self) -> "RowGenerator":
+        """One that goes on from here by itself, and leaves this one as it is."""
+        other = copy.copy(self)
+        other.dropped = self.dropped.copy()
+        return other
+
     def bind(self, model: LanguageModel, tokenizer: Any) -> None:
         """Find out what samples of this model begin and end with.
 
@@ -156,7 +165,7 @@ class RowGenerator:
 
         Args:
             model: The model to sample, in evaluation mode, without gradients.
-            rows: How many rows; a few fewer where samples of several rows' length don't come out even.
+            rows: How many rows.
             length: Tokens in a row.
             seed: Seed of all randomness, to which the number of the refill is added.
             progress: Called with the number of tokens drawn since it was last called.
@@ -170,7 +179,7 @@ class RowGenerator:
         self.refills += 1
         generator = stream(*seed, self.refills)
         piece = self.piece_length(length, model)
-        goal = rows * length if self.prompts == "chat" else max(1, rows * length // piece) * piece
+        goal = rows * length if self.prompts == "chat" else -(-rows * length // piece) * piece
         drawn: Samples | None = None
         kept, dropped = torch.empty(0, dtype=torch.bool), Counter[str]()
         for _ in range(_ROUNDS):
@@ -312,6 +321,15 @@ class RowGenerator:
             "repetition": float(repetition(tokens, lengths).mean()),
             "length": float(lengths.double().mean()),
         }
+        drawn = samples.drawn.sum(1)
+        last = tokens.gather(1, (lengths - 1).unsqueeze(1))
+        same = ((tokens == last) | ~samples.drawn).all(1)
+        measures["degenerate"] = float((same & ((drawn == 0) | (drawn >= _MANY))).double().mean())
+        if measures["degenerate"] > _FEW:
+            rank_zero_warn(
+                f"Replay: {measures['degenerate']:.0%} of a refill's samples are empty or one repeated token. Is the "
+                "start token right, and has the model been trained? See `replay/samples` and `replay/quality`."
+            )
         if self._ends:
             ended = torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn
             measures["ended"] = float(ended.any(1).double().mean())

@@ -261,8 +261,8 @@ the divergence of each position. All four are overwritten, ours with the gradien
 class _Divergence(torch.autograd.Function):
     """Divergences of all positions and, in the same pass, their gradient: a part of the positions at a time.
 
-    Autograd would keep five or six tensors of the logits' size in 32 bits. Here the gradient alone is kept whole, in
-    the logits' own type, and every part works in the memory of the one before it.
+    Autograd would keep five or six tensors of the logits' size in 32 bits. Here the gradient alone is kept whole, and
+    every part works in the memory of the one before it.
     """
 
     @staticmethod
@@ -272,9 +272,8 @@ class _Divergence(torch.autograd.Function):
         values = torch.empty(len(logits), device=logits.device)
         gradient = None
         if ctx.needs_input_grad[0]:
-            # Not yet scaled, it would vanish in 16 bits of which few are exponent.
-            dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-            gradient = torch.empty_like(logits, dtype=dtype)
+            # In 32 bits, since it is yet to be scaled: 16 would round it twice.
+            gradient = torch.empty_like(logits, dtype=torch.float32)
         part = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // outcomes)
         memory = torch.empty(4, min(part, len(logits)), outcomes, device=logits.device)
         for start in range(0, len(logits), part):

@@ -1,51 +1,33 @@
 """The callback that replays the model's own samples."""
 
 import functools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.batches import inputs_and_targets, row_length
-from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
-from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens, stream
-from lightning_replay.joint_forward import ObservedForward, joint_forward, observed_forward
+from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens
 from lightning_replay.language_model import LanguageModel, find_language_model
-from lightning_replay.losses import (
-    Divergence,
-    divergence_from_top_k,
-    forward_kl,
-    jensen_shannon,
-    next_token_loss,
-    reverse_kl,
-)
-from lightning_replay.progress import refill_bar
+from lightning_replay.losses import Divergence
+from lightning_replay.objective import Forward, ReplayObjective
 from lightning_replay.prompts import PromptsLike
 from lightning_replay.reference import LiveModel, Reference, ReferenceFrom, ReferenceKeeper, ReferenceModel
+from lightning_replay.refill import Refiller, Supply
 from lightning_replay.sampling import Sampler
 
 __all__ = ["SelfGeneratedReplay"]
 
 Loss = Literal["kl", "ntp", "mixed", "lwf"]
 Source = Literal["reference", "live"]
-
-_REFILL_ROWS = 256
-"""Rows of a refill, where the user leaves it to us."""
-_CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
-"""Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 
 
 class SelfGeneratedReplay(Callback):
@@ -113,8 +95,14 @@ class SelfGeneratedReplay(Callback):
             some rows begin in mid-text, as rows of packed text do; without them, what the model knows of such rows
             is not protected. By default two rows, where the model's context allows it and no prompts are given; with
             the row's own length every row begins with its prompt, as in the paper.
-        refill_rows: Rows to sample at a time. Larger refills sample faster and need more memory for keys and values.
-            ``"auto"``: 256, or all that the run uses where rows can't be replaced.
+        refill_rows: Rows to sample at a time. Larger refills sample faster, up to 256 rows. ``"auto"``: up to 256, in
+            even parts of what the run uses, or all of it where rows can't be replaced. How many of them are decoded
+            together depends on memory alone: what keys and values take, and less where memory runs out.
+        background: Whether the next refill is sampled by a thread on one core while the model trains. It needs a
+            frozen copy as the reference, and pays where a core is idle. The samples are the same.
+        forward: ``"separate"``: replay rows take a forward of their own, after the user's. ``"joint"``: they travel
+            with the model's call in ``training_step``, which saves an accelerator the second call. The gradients are
+            the same but for rounding. ``"auto"``: separate on a CPU, where it is faster, joint elsewhere.
         uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper.
         temperature: Sampling temperature; 1, nothing truncated, is the model's own distribution.
         top_k: Sample from the likeliest ``top_k`` tokens alone.
@@ -165,6 +153,8 @@ class SelfGeneratedReplay(Callback):
         sequence_length: int | None = None,
         sample_length: int | None = None,
         refill_rows: int | Literal["auto"] = "auto",
+        background: bool = False,
+        forward: Forward = "auto",
         uses_per_sample: int = 1,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -182,8 +172,7 @@ class SelfGeneratedReplay(Callback):
         _check_choice("loss", loss, Loss)
         _check_choice("source", source, Source)
         _check_choice("divergence", divergence, Divergence)
-        if not callable(coefficient):
-            _check_coefficient(coefficient, "`coefficient`")
+        _check_choice("forward", forward, Forward)
         if not divergence_temperature > 0:
             raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature}.")
         if refill_rows != "auto" and refill_rows < 1:
@@ -199,32 +188,38 @@ class SelfGeneratedReplay(Callback):
                 f"{'the live model' if source == 'live' else 'the new task'} are not among them: use another reference."
             )
         self.loss: Loss = loss
-        self.coefficient = coefficient
         self.source: Source = source
-        self.divergence: Divergence = divergence
-        self.divergence_temperature = divergence_temperature
         self.reference_top_k = reference_top_k
         self.sequence_length = sequence_length
-        self.refill_rows = refill_rows
         self.uses_per_sample = uses_per_sample
         self.tokenizer = tokenizer
         self.language_model = language_model
-        self.ignore_index = ignore_index
-        self.previews = previews
         self.seed = seed
+
         self.reference = ReferenceKeeper(
             reference, _dtype(reference_dtype), reference_device, reference_from, ema_decay
         )
-        self.generator = RowGenerator(
+        self.objective = ReplayObjective(
+            loss, coefficient, divergence, divergence_temperature, self.reference, forward, ignore_index
+        )
+        generator = RowGenerator(
             prompts, sample_length, temperature, top_k, top_p, min_p, stop_at_eos, loss_on, filters, sampler
+        )
+        self.refiller = Refiller(
+            generator,
+            refill_rows,
+            sequence_length,
+            uses_per_sample,
+            reference_top_k if self._caches else 0,
+            divergence_temperature,
+            background,
+            previews,
         )
 
         self._model: LanguageModel | None = None
         self._data: ReplayDataModule | None = None
-        self._own_buffer: ReplayBuffer | None = None
-        self._last_loss: Tensor | None = None
-        self._last_coefficient = 0.0
         self._followed_step = 0
+        self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], None]] = []
 
     @override
@@ -249,14 +244,15 @@ class SelfGeneratedReplay(Callback):
             return
         self._model = model = find_language_model(pl_module, self.language_model)
         self._followed_step = trainer.global_step
+        self._began, self._rows_before = self._seconds_so_far(), self.refiller.generator.rows
         if data is None:
             self.reference.get(trainer, model)
-            self._wrap_training_step(trainer, pl_module, self._with_learning_without_forgetting)
+            self._undo.append(self.objective.wrap(trainer, pl_module, model, None))
             return
         if self.seed is None:
             self.seed = torch.initial_seed()
-        if trainer.ckpt_path is None and data.buffer is self._own_buffer and self.reference.since == "fit":
-            data.buffer = None  # what an earlier fit left in it came from another reference
+        if trainer.ckpt_path is None and self.reference.since == "fit":
+            self.refiller.forget(data)  # what an earlier fit left in it came from another reference
         source = self._source(trainer, model)
         if self.loss == "kl" and not self._caches:
             self.reference.get(trainer, model)
@@ -264,12 +260,23 @@ class SelfGeneratedReplay(Callback):
         if self._caches:
             self._cache_prior(trainer, model, data, source)
 
-        data.refill = functools.partial(self._refill, trainer, pl_module, source)
+        self.refiller.begin(
+            Supply(
+                trainer,
+                model,
+                data,
+                source,
+                self._find_tokenizer(pl_module, data),
+                self.seed,
+                lasting=self._never_refills(model),
+                resumed=self._trained_by(trainer),
+            )
+        )
         data.uses_per_sample = None if self._never_refills(model) else self.uses_per_sample
         data.joins_batch = self.loss == "mixed"
-        self._undo.append(functools.partial(_disconnect, data))
+        self._undo += [functools.partial(_disconnect, data), self.refiller.end]
         if self.loss != "mixed":
-            self._wrap_training_step(trainer, pl_module, self._with_replay_loss)
+            self._undo.append(self.objective.wrap(trainer, pl_module, model, data))
 
     @override
     def on_train_batch_end(
@@ -281,20 +288,40 @@ class SelfGeneratedReplay(Callback):
             self._followed_step = trainer.global_step
             self.reference.follow(self._model)
         values: dict[str, Any] = {}
-        if self._last_loss is not None:
-            values |= {"replay/loss": self._last_loss, "replay/coefficient": self._last_coefficient}
+        if self.objective.last_loss is not None:
+            values |= {
+                "replay/loss": self.objective.last_loss,
+                "replay/coefficient": self.objective.last_coefficient,
+                "replay/loss_seconds": self.objective.seconds,
+            }
         if self._data is not None and self._data.buffer is not None:
-            buffer, drawn = self._data.buffer, self._data.drawn
+            buffer, drawn, generator = self._data.buffer, self._data.drawn, self.refiller.generator
             values |= {
                 "replay/buffer_fill": len(buffer) / buffer.capacity,
-                "replay/sampling_seconds": self.generator.seconds,
-                "replay/rows_sampled": float(self.generator.rows),
+                "replay/sampling_seconds": generator.seconds,
+                "replay/rows_sampled": float(generator.rows),
             }
-            values |= {f"replay/dropped/{name}": float(number) for name, number in self.generator.dropped.items()}
+            values |= {f"replay/dropped/{name}": float(number) for name, number in generator.dropped.items()}
             if drawn is not None and drawn.uses is not None and drawn.steps is not None:
                 values["replay/uses"] = float(drawn.uses.double().mean())
                 values["replay/age"] = trainer.global_step - float(drawn.steps.double().mean())
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._model is None:
+            return
+        total, sampling, loss = (now - then for now, then in zip(self._seconds_so_far(), self._began, strict=True))
+        monitoring = float(trainer.callback_metrics.get("forgetting/seconds", 0.0))
+        line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
+        if self._data is not None:
+            rows = self.refiller.generator.rows - self._rows_before
+            length = self._data.buffer.length if self._data.buffer is not None else 0
+            line += (
+                f", {sampling / total:.1%} into sampling {rows * length:,} tokens; trained on "
+                f"{self._data.new_tokens:,} new and {self._data.replay_tokens:,} replayed tokens"
+            )
+        rank_zero_info(f"{line}; monitoring took {monitoring / total:.1%}.")
 
     @override
     def on_save_checkpoint(
@@ -318,17 +345,22 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, **self.generator.state_dict()}
+        return {"seed": self.seed, "loss_seconds": self.objective.seconds, **self.refiller.generator.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
-        self.generator.load_state_dict(state_dict)
+        self.objective.seconds = state_dict.get("loss_seconds", 0.0)
+        self.refiller.generator.load_state_dict(state_dict)
 
     @property
     def _caches(self) -> bool:
         """Whether rows carry the reference's log-probabilities."""
         return self.loss == "kl" and self.reference.kind == "cached"
+
+    def _seconds_so_far(self) -> tuple[float, float, float]:
+        """Of the clock, in sampling, and in the replay loss."""
+        return time.perf_counter(), self.refiller.generator.seconds, self.objective.seconds
 
     def _never_refills(self, model: LanguageModel) -> bool:
         """Whether the reference is gone as soon as the model trains, so that rows have to last."""
@@ -340,140 +372,11 @@ class SelfGeneratedReplay(Callback):
             return LiveModel(model)
         return self.reference.get(trainer, model)
 
-    def _wrap_training_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, with_loss: Callable[..., tuple[Any, Tensor | None]]
-    ) -> None:
-        """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
-
-        It runs wherever Lightning runs `training_step`: inside DDP's forward, inside autocast, before the loss is
-        divided for gradient accumulation. So the replay loss is scaled and synchronised as the user's is.
-        """
-        original = pl_module.training_step
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            output, loss = with_loss(trainer, functools.partial(original, *args, **kwargs), args[0])
-            if output is None or loss is None:  # None is Lightning's way to skip a step
-                return output
-            coefficient = self._coefficient(trainer.global_step)
-            self._last_loss, self._last_coefficient = loss.detach(), coefficient
-            return _with_added_loss(output, coefficient * loss)
-
-        of_instance = vars(pl_module).get("training_step")
-        pl_module.training_step = training_step  # type: ignore[method-assign]
-        self._undo.append(functools.partial(_restore_training_step, pl_module, of_instance))
-
-    def _with_replay_loss(self, trainer: pl.Trainer, step: Callable[[], Any], batch: Any) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the loss on the rows drawn for it."""
-        model, data = self._model, self._data
-        assert model is not None
-        assert data is not None
-        if data.drawn is None:
-            return step(), None
-        rows = data.drawn.to(model.device)
-        # The last token of a row predicts nothing in it.
-        with joint_forward(model, rows.tokens[:, :-1], self.ignore_index) as joint:
-            output = step()
-        if output is None:
-            return None, None
-        if joint.logits is None:
-            raise _never_called(model)
-        if self.loss == "ntp":
-            return output, next_token_loss(joint.logits, rows.tokens[:, 1:], rows.targets_mask)
-        if rows.top_ids is not None and rows.top_log_probs is not None:
-            return output, divergence_from_top_k(
-                joint.logits,
-                rows.top_ids,
-                rows.top_log_probs,
-                rows.targets_mask,
-                kind=self.divergence,
-                temperature=self.divergence_temperature,
-            )
-        with self.reference.get(trainer, model).active() as reference:
-            reference_logits = reference.logits(rows.tokens[:, :-1])
-        return output, self._divergence(joint.logits, reference_logits, rows.targets_mask)
-
-    def _with_learning_without_forgetting(
-        self, trainer: pl.Trainer, step: Callable[[], Any], batch: Any
-    ) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the divergence on the rows of its own batch."""
-        model = self._model
-        assert model is not None
-        with observed_forward(model) as observed:
-            output = step()
-        if output is None:
-            return None, None
-        if observed.logits is None:
-            raise _never_called(model)
-        with self.reference.get(trainer, model).active() as reference:
-            reference_logits = observed.ask(reference)
-        mask = _new_targets(batch, observed, self.ignore_index)
-        return output, self._divergence(observed.logits, reference_logits, mask)
-
-    def _divergence(self, logits: Tensor, reference_logits: Tensor, mask: Tensor | None) -> Tensor:
-        function = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}[self.divergence]
-        return function(logits, reference_logits, mask, temperature=self.divergence_temperature)
-
-    def _coefficient(self, step: int) -> float:
-        if not callable(self.coefficient):
-            return self.coefficient
-        value = self.coefficient(step)
-        _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
-        return float(value)
-
-    def _refill(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: ReferenceModel, batch: Any) -> None:
-        """Sample rows and put them in the place of the used ones."""
-        data, model = self._data, self._model
-        assert data is not None
-        assert model is not None
-        assert self.seed is not None
-        if data.buffer is None:
-            data.buffer = self._own_buffer = self._new_buffer(trainer, model, data, batch)
-        buffer, generator = data.buffer, self.generator
-        rows = min(buffer.capacity, _REFILL_ROWS if self.refill_rows == "auto" else self.refill_rows)
-        if self._never_refills(model):
-            rows = buffer.capacity
-            later_fit = self.reference.since == "first" and generator.rows > 0
-            if trainer.ckpt_path is not None or later_fit:
-                raise MisconfigurationException(
-                    "`reference='cached'` samples all rows before the first step, and the model that they come from is "
-                    f"gone: {'an earlier fit has' if later_fit else f'the run up to {trainer.ckpt_path} has'} trained "
-                    "it. Resume from a full checkpoint, keep the datamodule of the first fit, or use another reference."
-                )
-        started, first = time.perf_counter(), not generator.rows
-        key = (self.seed, trainer.global_rank)
-        with isolate_rng(), source.active() as active, refill_bar(trainer, rows * buffer.length) as advance:
-            made, quality = generator.generate(active, rows, buffer.length, key, advance)
-            if buffer.top_k:
-                made = cache_reference(active, made, buffer.top_k, self.divergence_temperature)
-        buffer.add(made, step=trainer.global_step)
-        seconds = time.perf_counter() - started
-        generator.seconds += seconds
-        if first:
-            speed = made.tokens.numel() / seconds
-            rank_zero_info(
-                f"Replay: sampled {len(made.tokens)} rows of {buffer.length} tokens in {seconds:.1f} s "
-                f"({speed:,.0f} tokens/s)."
-            )
-        values = {f"replay/quality/{name}": value for name, value in quality.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        self._log_previews(trainer, pl_module, made.take(torch.arange(min(self.previews, len(made.tokens)))))
-
-    def _new_buffer(
-        self, trainer: pl.Trainer, model: LanguageModel, data: ReplayDataModule, batch: Any
-    ) -> ReplayBuffer:
-        assert self.seed is not None
-        length = self.sequence_length or row_length(batch)
-        self.generator.check_length(length, model)
-        top_k = min(self.reference_top_k, model.vocabulary) if self._caches else 0
-        rows = _REFILL_ROWS if self.refill_rows == "auto" else self.refill_rows
-        if self.refill_rows == "auto" and self._never_refills(model):
-            affordable = _CACHED_BYTES // (length * (4 + 6 * top_k))
-            rows = max(1, min(_rows_of_the_run(trainer, data, batch) or _CACHED_ROWS, affordable))
-        order = stream(self.seed, trainer.global_rank, 0)
-        return ReplayBuffer(rows, length, seed=order.initial_seed(), top_k=top_k)
+    def _trained_by(self, trainer: pl.Trainer) -> str | None:
+        """What has trained the model before this fit began, since its reference was taken."""
+        if trainer.ckpt_path is not None:
+            return f"the run up to {trainer.ckpt_path}"
+        return "an earlier fit" if self.reference.since == "first" and self.refiller.generator.rows else None
 
     def _cache_prior(
         self, trainer: pl.Trainer, model: LanguageModel, data: ReplayDataModule, source: ReferenceModel
@@ -485,7 +388,7 @@ class SelfGeneratedReplay(Callback):
             return
         with isolate_rng(), source.active() as active:
             data.prior = prior.with_cache(
-                lambda rows: cache_reference(active, rows, self.reference_top_k, self.divergence_temperature)
+                lambda rows: cache_reference(active, rows, self.reference_top_k, self.refiller.temperature)
             )
 
     def _check_fit(self, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule) -> None:
@@ -507,32 +410,20 @@ class SelfGeneratedReplay(Callback):
             check_tokens(data.prior.max_token, "The prior rows hold", model)
             if data.prior_share == 1:
                 return  # nothing will be sampled
-        self.generator.bind(model, self._find_tokenizer(pl_module, data))
+        self.refiller.generator.bind(model, self._find_tokenizer(pl_module, data))
         length = buffer.length if buffer is not None else self.sequence_length
         if length is not None:
-            self.generator.check_length(length, model)
+            self.refiller.generator.check_length(length, model)
 
     def _find_tokenizer(self, pl_module: pl.LightningModule, data: ReplayDataModule) -> Any:
         holders = (self, data, pl_module)
         return next((held for holder in holders if (held := getattr(holder, "tokenizer", None)) is not None), None)
 
-    def _log_previews(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: ReplayRows) -> None:
-        assert self._data is not None
-        tokenizer = self._find_tokenizer(pl_module, self._data)
-        samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
-        texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
-        for logger in trainer.loggers if texts else ():
-            if isinstance(logger, TensorBoardLogger):
-                fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
-                logger.experiment.add_text("replay/samples", fenced, trainer.global_step)
-            elif isinstance(logger, WandbLogger):
-                logger.log_text("replay/samples", columns=["sample"], data=[[text] for text in texts])
-
     def _release(self) -> None:
         """Leave the module and the datamodule as they were found."""
         while self._undo:
             self._undo.pop()()
-        self._model = self._last_loss = None
+        self._model = None
 
 
 def _replay_datamodule(trainer: pl.Trainer) -> ReplayDataModule:
@@ -546,13 +437,6 @@ def _replay_datamodule(trainer: pl.Trainer) -> ReplayDataModule:
     return data
 
 
-def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> None:
-    """Give back the step that the instance had of its own, or else that of its class."""
-    del pl_module.training_step
-    if of_instance is not None:
-        pl_module.training_step = of_instance  # type: ignore[method-assign]
-
-
 def _disconnect(data: ReplayDataModule) -> None:
     data.refill = None
     data.uses_per_sample = 1
@@ -560,53 +444,9 @@ def _disconnect(data: ReplayDataModule) -> None:
     data.drawn = None
 
 
-def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
-    """How many replay rows the whole fit will draw, where its length is known."""
-    batches = float(trainer.num_training_batches)
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
-    total = min(batches * epochs, steps)
-    share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
-    return None if math.isinf(total) else math.ceil(total * data.count(batch) * share)
-
-
-def _new_targets(batch: Any, observed: ObservedForward, ignore_index: int) -> Tensor | None:
-    """True where the next token of a new row is neither padding nor left out of the user's loss; None if unknown.
-
-    The batch knows best; where it is of a kind of its own, the arguments of the model's call may tell.
-    """
-    assert observed.logits is not None
-    rows, positions = observed.logits.shape[:2]
-    targets: Tensor | None
-    try:
-        targets = inputs_and_targets(batch)[2]
-    except TypeError:
-        targets = observed.argument("labels")
-        attention = observed.argument("attention_mask")
-        if targets is None and attention is not None:
-            targets = attention.long() - 1  # padding counts as left out
-        targets = None if targets is None else F.pad(targets[:, 1:], (0, 1), value=-100)
-    if targets is None or len(targets) != rows or targets.shape[1] < positions:
-        return None
-    targets = targets[:, :positions]
-    return (targets >= 0) & (targets != ignore_index)
-
-
-def _never_called(model: LanguageModel) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"`training_step` never called {type(model.module).__name__}, whose logits replay needs. Call the "
-        "module itself, not its `forward`, or say with `language_model` which module it does call."
-    )
-
-
 def _check_choice(name: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
-
-
-def _check_coefficient(value: Any, what: str) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
@@ -614,9 +454,3 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
     if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`reference_dtype` is a floating-point type of torch, such as 'bfloat16'; got {given!r}.")
     return dtype
-
-
-def _with_added_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, Mapping):
-        return {**output, "loss": output["loss"] + loss}
-    return output + loss
