@@ -1,10 +1,12 @@
 """The datamodule that mixes replay rows into the new task's batches."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,6 +16,7 @@ from typing_extensions import override
 
 from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
+from lightning_replay.processes import Processes
 
 __all__ = ["ReplayDataModule"]
 
@@ -36,6 +39,10 @@ class ReplayDataModule(pl.LightningDataModule):
         Under :class:`~lightning_replay.SelfGeneratedReplay` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
         travel with the model's forward instead of joining the batch, so that ``training_step`` and its own loss see
         the new rows alone.
+
+    Note:
+        Several processes hold equal buffers, those of process 0 at the start of the fit, and draw from them in step:
+        the share is that of their batches together, and each takes other ones of the rows owed. ``drawn`` are its own.
 
     Args:
         data: A datamodule, or the training dataloader itself.
@@ -110,12 +117,18 @@ class ReplayDataModule(pl.LightningDataModule):
         """Whether drawn rows join the batch; where not, somebody else sees to it that they are trained on."""
         self.drawn: ReplayRows | None = None
         """The replay rows of the batch that was last made ready for training."""
+        self.drawn_weight = 1.0
+        """What to multiply the mean loss on ``drawn`` by, so that the average over all processes is the mean over the
+        target tokens of all."""
         self.new_tokens = 0
-        """Tokens of new rows in this fit, padding included; 0 for batches of a kind that is not known."""
+        """Tokens of new rows in this fit, padding included, in all processes; 0 for batches of a kind that is not
+        known."""
         self.replay_tokens = 0
-        """Tokens of replay rows in this fit."""
+        """Tokens of replay rows in this fit, in all processes."""
         self.prior: ReplayBuffer | None = None
         """Real prior rows, from the start of the fit on."""
+        self.processes = Processes()
+        """The processes of the fit."""
 
         tokenizer = getattr(self.wrapped, "tokenizer", None)
         tokenizer_side: PaddingSide = getattr(tokenizer, "padding_side", "right")
@@ -172,11 +185,15 @@ class ReplayDataModule(pl.LightningDataModule):
             self.new_tokens = self.replay_tokens = 0
         if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
             self.prior = _read(self._prior)
+        if stage == "fit" and self.replay_fraction and self.trainer is not None:
+            self._join_processes(self.trainer)
         self.wrapped.setup(stage)
 
     @override
     def teardown(self, stage: str) -> None:
         self.drawn = None
+        self.processes.close()
+        self.processes = Processes()
         self.wrapped.teardown(stage)
 
     @override
@@ -223,23 +240,27 @@ class ReplayDataModule(pl.LightningDataModule):
         self.wrapped.load_state_dict(state_dict["wrapped"])
 
     def _mix(self, batch: Any) -> Any:
-        self.drawn = None
+        self.drawn, self.drawn_weight = None, 1.0
         if not self.replay_fraction or (self.refill is None and not self.buffer and not self.prior):
             return batch
-        total = self.count(batch)
-        kept, replayed = self._shares(total)
-        if kept < total:
-            batch = crop_batch(batch, kept)
-        self.new_tokens += token_count(batch)
-        if not replayed:
+        total, rank = self.count(batch), self.processes.rank
+        everyone = self.processes.numbers(total, token_count(batch))
+        kept, takers = self._shares([count for count, _ in everyone])
+        if kept[rank] < total:
+            batch = crop_batch(batch, kept[rank])
+        self.new_tokens += sum(
+            tokens * rows // count for rows, (count, tokens) in zip(kept, everyone, strict=True) if count
+        )
+        if not takers:
             return batch
-        rows = self.drawn = self._draw(replayed, batch)
+        rows = self._draw(len(takers), batch)
         self.replay_tokens += int(rows.lengths.sum())
-        if not self.joins_batch:
+        self.drawn = own = self._own(rows, takers)
+        if own is None or not self.joins_batch:
             return batch
         if self.to_batch is not None:
-            return self.to_batch(batch, rows)
-        return join_rows(batch, rows, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
+            return self.to_batch(batch, own)
+        return join_rows(batch, own, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
 
     def count(self, batch: Any) -> int:
         """The number of rows in a batch of any kind that this datamodule can mix."""
@@ -250,23 +271,35 @@ class ReplayDataModule(pl.LightningDataModule):
                 raise
             return extract_batch_size(batch)
 
-    def _shares(self, total: int) -> tuple[int, int]:
-        """How many of a batch's rows to keep and how many replay rows to join to them."""
+    def _join_processes(self, trainer: pl.Trainer) -> None:
+        """Find out who trains along with us, and begin with what the first process holds."""
+        self.processes = Processes.of(trainer)
+        if self.processes.size == 1:
+            return
+        for buffer in (self.buffer, self.prior):
+            state = self.processes.first(None if buffer is None else buffer.state_dict())
+            if buffer is not None and state is not None:
+                self.processes.together(functools.partial(buffer.load_state_dict, state))
+
+    def _shares(self, totals: Sequence[int]) -> tuple[list[int], list[int]]:
+        """How many of its new rows each process keeps, and which process takes each replay row owed."""
+        total = sum(totals)
         if self.mode == "append":
             self._new_rows += total
             owed = int(self._new_rows * self._share / (1 - self._share)) - self._replay_rows
             self._replay_rows += owed
-            return total, owed
-        if total < 2:
+            return list(totals), _dealt(owed, [owed] * len(totals))
+        if min(totals) < 2:
             raise MisconfigurationException(
                 "`mode='replace'` puts replay rows in the place of new ones, but this batch has a single row. Use "
                 "`mode='append'`, or larger batches."
             )
         owed = int((self._new_rows + self._replay_rows + total) * self._share) - self._replay_rows
-        owed = min(owed, total - 1)
+        owed = min(owed, total - len(totals))
         self._new_rows += total - owed
         self._replay_rows += owed
-        return total - owed, owed
+        takers = _dealt(owed, [count - 1 for count in totals])
+        return [count - takers.count(rank) for rank, count in enumerate(totals)], takers
 
     def _draw(self, rows: int, batch: Any) -> ReplayRows:
         """Draw rows, real ones as their share is and the others from the buffer."""
@@ -285,6 +318,19 @@ class ReplayDataModule(pl.LightningDataModule):
             missing -= len(parts[-1].tokens)
         return ReplayRows.cat(parts)
 
+    def _own(self, rows: ReplayRows, takers: Sequence[int]) -> ReplayRows | None:
+        """Those of the rows drawn for all processes that are this one's, if any."""
+        if self.processes.size == 1:
+            return rows
+        own = torch.tensor(takers) == self.processes.rank
+        targets = rows.targets_mask.sum(1)
+        self.drawn_weight = self.processes.size * int(targets[own].sum()) / max(1, int(targets.sum()))
+        if not own.any():
+            if self.joins_batch or not self.processes.lockstep:
+                return None
+            own[0] = True  # of no weight, so that the model is called as often as elsewhere
+        return rows.take(own)
+
     def _left(self, wanted: int) -> int:
         """How many of the rows wanted the buffer has to give."""
         if not self.buffer:
@@ -301,6 +347,14 @@ class ReplayDataModule(pl.LightningDataModule):
         self._prior_rows += rows
         drawn = int((self._prior_rows - rows) * self._prior_share)
         return int(self._prior_rows * self._prior_share) - drawn
+
+
+def _dealt(rows: int, room: Sequence[int]) -> list[int]:
+    """The process that takes each of some rows: each in turn, for as long as it has room."""
+    takers: list[int] = []
+    while len(takers) < rows:
+        takers += [rank for rank, places in enumerate(room) if takers.count(rank) < places]
+    return takers[:rows]
 
 
 def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:

@@ -18,6 +18,7 @@ from lightning_replay.decoding import rows_at_a_time
 from lightning_replay.filters import Filter, filter_name
 from lightning_replay.language_model import LanguageModel
 from lightning_replay.losses import top_k_log_probs
+from lightning_replay.processes import Processes
 from lightning_replay.prompts import Prompts, PromptsLike, find_prompts
 from lightning_replay.quality import distinct_n, repetition
 from lightning_replay.sampling import Sampler, Samples, sample_rows, stop_tokens, truncation
@@ -159,9 +160,19 @@ class RowGenerator:
         return 2 * length if cuts else length
 
     def generate(
-        self, model: LanguageModel, rows: int, length: int, seed: tuple[int, ...], progress: Callable[[int], Any]
+        self,
+        model: LanguageModel,
+        rows: int,
+        length: int,
+        seed: int,
+        progress: Callable[[int], Any],
+        processes: Processes = Processes(),  # noqa: B008
     ) -> tuple[ReplayRows, dict[str, float]]:
         """Make rows.
+
+        Several processes draw a part of the samples each and make the same rows of all of them. They are those of a
+        single process, except for a sampler of the user's own: that gets the prompts of its process and a generator
+        of its own in each.
 
         Args:
             model: The model to sample, in evaluation mode, without gradients.
@@ -169,6 +180,7 @@ class RowGenerator:
             length: Tokens in a row.
             seed: Seed of all randomness, to which the number of the refill is added.
             progress: Called with the number of tokens drawn since it was last called.
+            processes: Who shares the work.
 
         Returns:
             The rows, on the CPU, and measures of the samples that they were made of, by name.
@@ -177,7 +189,9 @@ class RowGenerator:
             RuntimeError: If filters drop everything.
         """
         self.refills += 1
-        generator = stream(*seed, self.refills)
+        # Of our own sampler's random numbers, each process draws all and uses those of its part.
+        shared = self.sampler is None or processes.lockstep
+        generator = stream(seed, 0 if shared else processes.rank, self.refills)
         piece = self.piece_length(length, model)
         goal = rows * length if self.prompts == "chat" else -(-rows * length // piece) * piece
         drawn: Samples | None = None
@@ -190,9 +204,10 @@ class RowGenerator:
             used = 0 if drawn is None else len(drawn.tokens)
             missing = -(-(goal - have) // piece) if not have else -(-(goal - have) * used // have)
             number = min(missing, 4 * -(-goal // piece))
-            new = self._sample(model, number, piece, seed[0], generator, progress)
-            drawn = new if drawn is None else _joined(drawn, new)
-            kept, dropped = self._filter(drawn)
+            new = self._sample(model, number, piece, seed, generator, progress, processes)
+            drawn = new if drawn is None else _joined([drawn, new])
+            # A filter may fail or waver in a single process, and all have to go on with the same samples.
+            kept, dropped = processes.first(processes.together(partial(self._filter, drawn)))
         assert drawn is not None
         self.dropped += dropped
         chosen = drawn.take(kept)
@@ -239,25 +254,33 @@ class RowGenerator:
         seed: int,
         generator: torch.Generator,
         progress: Callable[[int], Any],
+        processes: Processes,
     ) -> Samples:
         starts = [self._prompts.starts[place] for place in self._in_passes(number, seed)]
         self.samples_drawn += number
-        if self.sampler is None:
-            self.batch_size = self.batch_size or rows_at_a_time(model, piece)
-            samples = self._draw(
-                model,
-                starts,
-                piece,
-                generator,
-                stop=self._ends if self.stop_at_eos else (),
-                reply=self._prompts.reply,
-                batch_size=self.batch_size,
-                shrunk=self._shrink,
-                progress=progress,
-            )
-        else:
-            samples = _as_samples(self.sampler(model, starts, piece, generator), starts, piece)
-        return Samples(*(None if part is None else part.cpu() for part in samples))  # type: ignore[arg-type]
+
+        def make(part: slice) -> Samples | None:
+            if part.start == part.stop:
+                return None
+            if self.sampler is None:
+                self.batch_size = self.batch_size or rows_at_a_time(model, piece)
+                samples = self._draw(
+                    model,
+                    starts,
+                    piece,
+                    generator,
+                    stop=self._ends if self.stop_at_eos else (),
+                    reply=self._prompts.reply,
+                    part=part,
+                    batch_size=self.batch_size,
+                    shrunk=self._shrink,
+                    progress=progress,
+                )
+            else:
+                samples = _as_samples(self.sampler(model, starts[part], piece, generator), starts[part], piece)
+            return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
+
+        return _joined([part for part in processes.spread(number, make) if part is not None])
 
     def _shrink(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -385,9 +408,9 @@ def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Sa
     return Samples(tokens, torch.full((len(prompts),), length), drawn)
 
 
-def _joined(first: Samples, second: Samples) -> Samples:
-    columns = zip(first, second, strict=True)
-    return Samples(*(None if one is None or other is None else torch.cat([one, other]) for one, other in columns))  # type: ignore[arg-type]
+def _joined(parts: Sequence[Samples]) -> Samples:
+    columns = zip(*parts, strict=True)
+    return Samples(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def _counts(dropped: Counter[str]) -> str:

@@ -44,7 +44,8 @@ class ReplayObjective:
         ignore_index: The label that the user's loss leaves out.
 
     Attributes:
-        last_loss: The replay loss of the last step, without the coefficient; None as long as there was none.
+        last_loss: The replay loss of the last step, without the coefficient, on the rows of this process; None as long
+            as there was none.
         last_coefficient: What it was multiplied by.
         seconds: Wall-clock time spent in forwards and losses of replay, as the host sees it: an accelerator may still
             be at work. The backward is not in it.
@@ -82,7 +83,9 @@ class ReplayObjective:
         """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
 
         It runs wherever Lightning runs `training_step`: inside DDP's forward, inside autocast, before the loss is
-        divided for gradient accumulation. So the replay loss is scaled and synchronised as the user's is.
+        divided for gradient accumulation. So the replay loss is scaled and synchronised as the user's is. Where several
+        processes average their gradients, each weighs its replay loss by its share of the target tokens, so that all
+        count the same.
 
         Args:
             trainer: The Trainer.
@@ -105,7 +108,8 @@ class ReplayObjective:
             if output is None or loss is None:  # None is Lightning's way to skip a step
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
-            return _with_added_loss(output, self.last_coefficient * loss)
+            weight = 1.0 if data is None else data.drawn_weight
+            return _with_added_loss(output, self.last_coefficient * weight * loss)
 
         of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]

@@ -119,6 +119,12 @@ class Refiller:
             MisconfigurationException: If rows are to be made in the background and can't be.
         """
         self._failures = 0
+        if self.background and supply.data.processes.size > 1:
+            raise MisconfigurationException(
+                "`background=True` samples in a thread, and several processes, "
+                f"{supply.data.processes.size} here, have to meet to share what they sampled. Leave it out: each "
+                "samples only its part."
+            )
         if self.background and not (type(supply.source) is FrozenCopy and self.generator.sampler is None):
             raise MisconfigurationException(
                 "`background=True` samples a frozen copy of the model in a thread of its own. It goes with "
@@ -180,7 +186,8 @@ class Refiller:
             made = ahead.result()
             made.generator.seconds = self.generator.seconds + time.perf_counter() - started
             return made
-        with isolate_rng(), refill_bar(supply.trainer, rows * buffer.length) as advance:
+        own_tokens = rows * buffer.length // supply.data.processes.size
+        with isolate_rng(), refill_bar(supply.trainer, own_tokens) as advance:
             made = self._make(supply, self.generator.fork(), rows, buffer, advance)
         made.generator.seconds += made.seconds
         return made
@@ -212,12 +219,12 @@ class Refiller:
         buffer: ReplayBuffer,
         advance: Callable[[int], Any],
     ) -> _Made:
-        started = time.perf_counter()
-        key = (supply.seed, supply.trainer.global_rank)
+        started, processes = time.perf_counter(), supply.data.processes
         with supply.source.active() as active:
-            made, quality = generator.generate(active, rows, buffer.length, key, advance)
-            if buffer.top_k:
-                made = cache_reference(active, made, buffer.top_k, self.temperature)
+            made, quality = generator.generate(active, rows, buffer.length, supply.seed, advance, processes)
+            if buffer.top_k:  # each process by itself: one forward a row costs less than to send what it says
+                cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
+                made = processes.together(cache)
         return _Made(made, quality, generator, time.perf_counter() - started)
 
     def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
@@ -234,13 +241,13 @@ class Refiller:
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        length = self.length or row_length(batch)
+        length = self.length or max(length for (length,) in supply.data.processes.numbers(row_length(batch)))
         self.generator.check_length(length, supply.model)
         top_k = min(self.top_k, supply.model.vocabulary)
         rows = self._rows(supply, batch)
         if supply.lasting and self.rows == "auto":
             rows = max(1, min(rows, _CACHED_BYTES // (length * (4 + 6 * top_k))))
-        order = stream(supply.seed, supply.trainer.global_rank, 0)
+        order = stream(supply.seed, 0, 0)
         return ReplayBuffer(rows, length, seed=order.initial_seed(), top_k=top_k)
 
     def _rows(self, supply: Supply, batch: Any) -> int:
@@ -285,10 +292,13 @@ class Refiller:
 
 
 def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
-    """How many replay rows the whole fit will draw, where its length is known."""
+    """How many replay rows the whole fit will draw, in all processes, where its length is known."""
     batches = float(trainer.num_training_batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
     total = min(batches * epochs, steps)
     share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
-    return None if math.isinf(total) else max(1, math.ceil(total * data.count(batch) * share))
+    if math.isinf(total):
+        return None
+    counts = data.processes.numbers(math.ceil(total), data.count(batch))
+    return max(1, math.ceil(max(batches for batches, _ in counts) * sum(rows for _, rows in counts) * share))

@@ -19,6 +19,7 @@ from lightning_replay.generation import LossOn, RowGenerator, cache_reference, c
 from lightning_replay.language_model import LanguageModel, find_language_model
 from lightning_replay.losses import Divergence
 from lightning_replay.objective import Forward, ReplayObjective
+from lightning_replay.processes import check_strategy
 from lightning_replay.prompts import PromptsLike
 from lightning_replay.reference import LiveModel, Reference, ReferenceFrom, ReferenceKeeper, ReferenceModel
 from lightning_replay.refill import Refiller, Supply
@@ -229,6 +230,8 @@ class SelfGeneratedReplay(Callback):
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self.reference.begin_fit()
         self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
+        if self._data is None or self._data.replay_fraction:
+            check_strategy(trainer, "SelfGeneratedReplay")
         if self.loss != "mixed" and not pl_module.automatic_optimization:
             function = {"kl": "forward_kl", "lwf": "forward_kl", "ntp": "next_token_loss"}[self.loss]
             raise MisconfigurationException(
@@ -250,7 +253,7 @@ class SelfGeneratedReplay(Callback):
             self._undo.append(self.objective.wrap(trainer, pl_module, model, None))
             return
         if self.seed is None:
-            self.seed = torch.initial_seed()
+            self.seed = data.processes.first(torch.initial_seed())
         if trainer.ckpt_path is None and self.reference.since == "fit":
             self.refiller.forget(data)  # what an earlier fit left in it came from another reference
         source = self._source(trainer, model)

@@ -206,17 +206,26 @@ def test_replacing_in_batches_of_one_is_refused() -> None:
 @given(
     fraction=st.fractions(min_value=0, max_value=Fraction(95, 100), max_denominator=200),
     mode=st.sampled_from(["append", "replace"]),
-    sizes=st.lists(st.integers(min_value=2, max_value=33), min_size=1, max_size=60),
+    sizes=st.lists(st.lists(st.integers(min_value=2, max_value=33), min_size=1, max_size=4), min_size=1, max_size=60),
 )
-def test_the_share_is_exact_in_the_long_run(fraction: Fraction, mode: Any, sizes: list[int]) -> None:
+def test_the_share_is_exact_in_the_long_run_whatever_the_processes(
+    fraction: Fraction, mode: Any, sizes: list[list[int]]
+) -> None:
     data = ReplayDataModule([], float(fraction), mode=mode)
     new = replay = 0
-    for size in sizes:
-        kept, added = data._shares(size)
-        assert kept >= 1
-        assert added >= 0
-        assert kept == size if mode == "append" else kept + added == size
-        new, replay = new + kept, replay + added
+    for batches in sizes:
+        kept, takers = data._shares(batches)
+        added = [takers.count(rank) for rank in range(len(batches))]
+        assert sum(added) == len(takers)
+        for size, stays, joins in zip(batches, kept, added, strict=True):
+            assert stays >= 1
+            assert stays == size if mode == "append" else stays + joins == size
+        # Evenly, what is over to the first processes, where there is room.
+        room = [rank for rank, stays in enumerate(kept) if mode == "append" or stays > 1]
+        evenly = [added[rank] for rank in room]
+        assert evenly == sorted(evenly, reverse=True)
+        assert max(evenly, default=0) - min(evenly, default=0) <= 1
+        new, replay = new + sum(kept), replay + sum(added)
         # Never more than the share, and short of it by less than a row, unless a batch had no more room.
         assert replay <= fraction * (new + replay)
         if mode == "append":
@@ -253,7 +262,7 @@ def test_state_goes_through_a_checkpoint(tmp_path: Any) -> None:
     assert restored.buffer is not None
     assert data.buffer is not None
     assert restored.buffer.unused == data.buffer.unused
-    assert restored._shares(8) == data._shares(8)
+    assert restored._shares([8]) == data._shares([8])
     assert restored.calls == ["place 7"]
 
 

@@ -29,7 +29,7 @@ def rows_of(
     generator.bind(model, tokenizer)
     generator.check_length(length, model)
     with evaluating(model.module):
-        made, quality = generator.generate(model, rows, length, (0, 0), lambda tokens: None)
+        made, quality = generator.generate(model, rows, length, 0, lambda tokens: None)
     return made, quality, generator
 
 
@@ -82,7 +82,7 @@ def test_each_prompt_begins_an_even_share_over_refills(tiny_llama: Make) -> None
     starts = []
     with evaluating(model.module):
         for _ in range(6):
-            made, _ = generator.generate(model, 6, 8, (3, 0), lambda tokens: None)
+            made, _ = generator.generate(model, 6, 8, 3, lambda tokens: None)
             starts += made.tokens[:, 0].tolist()
     assert torch.tensor(starts).bincount()[5:].tolist() == [9, 9, 9, 9]
     assert len({tuple(starts[i : i + 4]) for i in range(0, 36, 4)}) > 1  # in another order each time
