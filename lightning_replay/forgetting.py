@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_replay.batches import inputs_and_targets
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
+from lightning_replay.processes import check_strategy, is_sharded
 from lightning_replay.reference import ReferenceKeeper
 from lightning_replay.replay import SelfGeneratedReplay
 
@@ -37,6 +38,10 @@ class ForgettingMonitor(Callback):
     - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
 
     ``forgetting/seconds`` is the time spent on all of this so far.
+
+    Note:
+        Several processes read every set in the same order, each evaluates its share of the batches, and all know the
+        figures of the whole. Where the weights are sharded, each evaluates all batches.
 
     Note:
         A callback that swaps weights in the same hooks, such as ``WeightAveraging``, decides by its place in the
@@ -109,6 +114,7 @@ class ForgettingMonitor(Callback):
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self._own_reference.begin_fit()
+        check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
         if shared:
@@ -178,6 +184,8 @@ class ForgettingMonitor(Callback):
         values: dict[str, float] = {}
         started = time.perf_counter()
         with isolate_rng():
+            if trainer.world_size > 1:
+                torch.manual_seed(0)  # a loader that shuffles does so alike in every process
             for name in self.prior:
                 values |= self._evaluate(trainer, pl_module, name)
         self.seconds += time.perf_counter() - started
@@ -193,9 +201,12 @@ class ForgettingMonitor(Callback):
         reference = self._keeper(trainer).get(trainer, model) if self.kl else None
         loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
         drift = KLDrift().to(pl_module.device)
+        rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
         for index, batch in enumerate(self.prior[name]):
             if index == self.max_batches:
                 break
+            if index % processes != rank:
+                continue
             tokens, attention_mask, targets = (
                 part if part is None else part.to(pl_module.device) for part in inputs_and_targets(batch)
             )
@@ -209,7 +220,9 @@ class ForgettingMonitor(Callback):
                 if reference is not None:
                     with reference.active() as before:
                         drift.update(logits, before.logits(tokens, attention_mask), targets)
-        if not loss.count:
+        with loss.sync_context():
+            empty = not loss.count
+        if empty:
             raise MisconfigurationException(
                 f"The prior set {name!r} gave no batch with a token to predict, so nothing can be measured on it. Pass "
                 "a loader that can be read more than once, with at least one row of two tokens."
