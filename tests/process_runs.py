@@ -113,7 +113,6 @@ def fit(
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "tokens": (module_data.new_tokens, module_data.replay_tokens),
         "refills": 0 if replay is None else replay.refiller.generator.refills,
-        "checkpoint": trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None,  # type: ignore[attr-defined]
     }
 
 
@@ -247,19 +246,12 @@ def resumable() -> SelfGeneratedReplay:
 
 def whole(folder: Path) -> Any:
     """A fit of eight steps with a checkpoint at the fourth, the end of the first epoch."""
-    checkpoint = ModelCheckpoint(folder / f"of-{WORLD}", "half", save_top_k=-1, every_n_train_steps=4)
-    run = fit(
-        resumable(), rows=32, max_steps=8, max_epochs=-1, callbacks=[checkpoint, Stop()], enable_checkpointing=True
-    )
-    return run
-
-
-class Stop(L.Callback):
-    pass
+    checkpoint = ModelCheckpoint(folder / f"of-{WORLD}", "{step}", save_top_k=-1, every_n_train_steps=4)
+    return fit(resumable(), rows=32, max_steps=8, max_epochs=-1, callbacks=[checkpoint], enable_checkpointing=True)
 
 
 def resumed(folder: Path, saved_by: int) -> Any:
-    path = folder / f"of-{saved_by}" / "half.ckpt"
+    path = folder / f"of-{saved_by}" / "step=4.ckpt"
     return fit(resumable(), rows=32, max_steps=8, max_epochs=-1, ckpt_path=str(path))
 
 
