@@ -44,9 +44,21 @@ class Processes:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "Processes":
-        """Those of a Trainer whose strategy has set up its processes; all of them call this."""
+        """Those of a Trainer whose strategy has set up its processes; all of them call this.
+
+        Raises:
+            MisconfigurationException: If several share a batch.
+        """
         if trainer.world_size == 1:
             return cls()
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            sharing = trainer.strategy.device_mesh["tensor_parallel"].size()
+            if sharing > 1:
+                raise MisconfigurationException(
+                    f"Replay rows are dealt to processes with batches of their own, but under tensor parallelism "
+                    f"{sharing} processes share one. Use `ModelParallelStrategy(data_parallel_size="
+                    f"{trainer.world_size}, tensor_parallel_size=1)`."
+                )
         # Lightning has no public name for the time-out that the user gave the strategy; None is torch's own.
         timeout = getattr(trainer.strategy, "_timeout", None)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -142,10 +154,4 @@ def check_strategy(trainer: pl.Trainer, caller: str) -> None:
             f"{caller} calls the language model outside of `training_step` as well, and that has not been made to "
             f"work under {type(strategy).__name__}. Use `strategy='ddp'` where the model fits a device, else "
             "`ModelParallelStrategy` with FSDP2's `fully_shard` in `configure_model`."
-        )
-    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
-            f"{caller} takes each process to have batches of its own, but under tensor parallelism "
-            f"{strategy.device_mesh['tensor_parallel'].size()} processes share one. Use "
-            f"`ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)`."
         )

@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_replay.language_model import LanguageModel, evaluating, is_adapted
+from lightning_replay.processes import is_sharded
+from lightning_replay.sharded_copy import ShardedCopy
 
 __all__ = [
     "DisabledAdapter",
@@ -173,7 +175,7 @@ class ReferenceKeeper:
         self.device = device
         self.since: ReferenceFrom = since
         self.ema_decay = ema_decay
-        self._reference: FrozenCopy | DisabledAdapter | None = None
+        self._reference: FrozenCopy | ShardedCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None
         self._restored_idle_adapter = False
 
@@ -194,7 +196,8 @@ class ReferenceKeeper:
 
         Raises:
             MisconfigurationException: If the run resumes from a checkpoint that holds no reference, or
-                ``"adapter"`` was asked for and there is none to switch off.
+                ``"adapter"`` was asked for and there is none to switch off, or the weights are sharded and the copy is
+                to be another than they.
         """
         if self._reference is None:
             self._reference = self.adapter(model)
@@ -223,7 +226,7 @@ class ReferenceKeeper:
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
-        if isinstance(self._reference, FrozenCopy):
+        if isinstance(self._reference, (FrozenCopy, ShardedCopy)):
             checkpoint[_CHECKPOINT_KEY] = self._reference.state_dict()
         elif isinstance(self._reference, DisabledAdapter):
             checkpoint[_CHECKPOINT_KEY] = None
@@ -235,7 +238,7 @@ class ReferenceKeeper:
             self._restored = checkpoint[_CHECKPOINT_KEY]
             self._restored_idle_adapter = self._restored is None
 
-    def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy:
+    def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy | ShardedCopy:
         if trainer.ckpt_path is not None and self._restored is None:
             raise MisconfigurationException(
                 f"The run resumes from {trainer.ckpt_path}, which holds no reference model: it was saved with "
@@ -243,8 +246,16 @@ class ReferenceKeeper:
                 "weights. Resume from a full checkpoint of a run with replay, or load the weights into the module "
                 "and fit without `ckpt_path`: the reference is then the model as loaded."
             )
-        if self.kind == "ema":
-            reference: FrozenCopy = MovingAverage(model, self.ema_decay, self.dtype, self.device)
+        reference: FrozenCopy | ShardedCopy
+        if is_sharded(trainer):
+            if self.kind == "ema" or self.dtype is not None or self.device is not None:
+                raise MisconfigurationException(
+                    "Of a model whose weights are sharded each process keeps its part of the reference, beside the "
+                    "model's and of its type. Leave out `reference='ema'`, `reference_dtype` and `reference_device`."
+                )
+            reference = ShardedCopy(model)
+        elif self.kind == "ema":
+            reference = MovingAverage(model, self.ema_decay, self.dtype, self.device)
         else:
             reference = FrozenCopy(model, self.dtype, self.device)
         if self._restored is not None:

@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
@@ -27,7 +30,7 @@ from tests.conftest import VOCABULARY
 from tests.modules import PlainDescent, Rows, mapping_loader, quiet_trainer
 
 GLOBAL_BATCH = 8
-TIMEOUT = 20
+TIMEOUT = int(os.environ.get("TEST_TIMEOUT", 60))
 """Seconds that a process waits for another."""
 
 
@@ -77,14 +80,46 @@ class Watch(L.Callback):
         )
 
 
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def _rows(rows: Any) -> list[list[int]]:
     return [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
 
 
-def trainer_of(**options: Any) -> L.Trainer:
-    if WORLD > 1:
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT))
-        options = {"strategy": strategy, "devices": WORLD} | options
+class Momentum(PlainDescent):
+    """Lightning 2.6 can't restore an optimizer without a state of its own under ModelParallelStrategy."""
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.5)
+
+
+class Sharded(Momentum):
+    """FSDP2, as Lightning wants it."""
+
+    @override
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for layer in self.model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+def trainer_of(sharded: bool, **options: Any) -> L.Trainer:
+    if sharded:
+        options["strategy"] = ModelParallelStrategy(
+            data_parallel_size=WORLD,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="gloo",
+            timeout=timedelta(seconds=TIMEOUT),
+        )
+        options["devices"] = WORLD
+    elif WORLD > 1:
+        options["strategy"] = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIMEOUT))
+        options["devices"] = WORLD
     return quiet_trainer(**options)
 
 
@@ -96,20 +131,24 @@ def fit(
     rows: int = 64,
     callbacks: Sequence[L.Callback] = (),
     ckpt_path: str | None = None,
+    sharded: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     torch.manual_seed(100 + RANK)  # where chance should be the same in all processes, the library has to see to it
     watch = Watch(replay)
-    module = PlainDescent(tiny_llama(), learning_rate=0.02)
+    kind = PlainDescent if not sharded else Sharded if WORLD > 1 else Momentum
+    module = kind(tiny_llama(), learning_rate=0.02)
     if loader is None:  # a batch of all processes holds the rows of a single process's batch
         sampler: Any = DistributedSampler(Rows(rows), WORLD, RANK, shuffle=False)
         loader = mapping_loader(rows, batch_size=GLOBAL_BATCH // WORLD, sampler=sampler)
-    trainer = trainer_of(callbacks=[*([] if replay is None else [replay]), watch, *callbacks], **options)
+    trainer = trainer_of(
+        sharded and WORLD > 1, callbacks=[*([] if replay is None else [replay]), watch, *callbacks], **options
+    )
     module_data = ReplayDataModule(loader, fraction, **data or {})
     trainer.fit(module, datamodule=module_data, ckpt_path=ckpt_path)
     return {
         "steps": watch.seen,
-        "weights": torch.cat([weight.detach().flatten() for weight in module.parameters()]),
+        "weights": torch.cat([_whole(weight.detach()).flatten() for weight in module.parameters()]),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "tokens": (module_data.new_tokens, module_data.replay_tokens),
         "refills": 0 if replay is None else replay.refiller.generator.refills,
@@ -134,7 +173,7 @@ def _starts_low(samples: Any) -> Tensor:
 
 def ntp_with_a_single_row(folder: Path) -> Any:
     """One replay row in a step, so that a process has none."""
-    return fit(SelfGeneratedReplay("ntp", 2.0, seed=5, refill_rows=3), fraction=0.12)
+    return fit(SelfGeneratedReplay("ntp", 2.0, seed=5, refill_rows=3, forward="joint"), 0.12)
 
 
 def cached(folder: Path) -> Any:
@@ -142,11 +181,7 @@ def cached(folder: Path) -> Any:
 
 
 def replace(folder: Path) -> Any:
-    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6), mode_data("replace"), data={"mode": "replace"})
-
-
-def mode_data(mode: str) -> float:
-    return 0.4 if mode == "replace" else 0.3
+    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6), 0.4, data={"mode": "replace"})
 
 
 def mixed(folder: Path) -> Any:
@@ -178,9 +213,13 @@ def uneven_shards(folder: Path) -> Any:
 
 
 def unseeded(folder: Path) -> Any:
-    """No seed, and a loader of real rows that shuffles: the processes would differ by themselves."""
+    """No seed, a loader of real rows that shuffles and a filter that wavers: by themselves, the processes would differ."""
     prior: DataLoader[Any] = DataLoader(prior_rows(), batch_size=3, shuffle=True)  # type: ignore[arg-type]
-    return fit(SelfGeneratedReplay("ntp", refill_rows=6), data={"prior": prior})
+    return fit(SelfGeneratedReplay("ntp", refill_rows=6, filters=[_by_chance]), data={"prior": prior})
+
+
+def _by_chance(samples: Any) -> Tensor:
+    return torch.rand(len(samples.tokens)) < 0.7
 
 
 def own_sampler(folder: Path) -> Any:
@@ -213,23 +252,23 @@ def fails_once(folder: Path) -> Any:
     return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=Breaks(2)))
 
 
-def fails_at_first(folder: Path) -> Any:
-    try:
-        fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=Breaks(1)))
-    except RuntimeError as error:
-        return f"{type(error).__name__}: {error}"
-    return "trained"
+def fails_at_first(folder: Path) -> str:
+    return _error_of(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=Breaks(1)))
 
 
-def background(folder: Path) -> Any:
+def background(folder: Path) -> str:
+    return _error_of(SelfGeneratedReplay(seed=5, background=True))
+
+
+def _error_of(replay: SelfGeneratedReplay) -> str:
     try:
-        fit(SelfGeneratedReplay(seed=5, background=True))
+        fit(replay)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return "trained"
+    return "none"
 
 
-def monitored(folder: Path, shuffle: bool = False) -> Any:
+def monitored(folder: Path) -> Any:
     """Five batches of one set, the last one short; a single batch of another, so that one process has none."""
     sets: dict[str, Any] = {
         "many": mapping_loader(18, batch_size=4),
@@ -255,19 +294,56 @@ def resumed(folder: Path, saved_by: int) -> Any:
     return fit(resumable(), rows=32, max_steps=8, max_epochs=-1, ckpt_path=str(path))
 
 
-class Dies(L.Callback):
-    """Kills the last process at the third step, as the out-of-memory killer does."""
+def sharded_kl(folder: Path) -> Any:
+    """One replay row in some steps, so that a process has none, and a monitor with an odd number of batches."""
+    replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=3)
+    monitor = ForgettingMonitor({"many": mapping_loader(18, batch_size=4)}, every_n_steps=2)
+    checkpoint = ModelCheckpoint(folder / f"sharded-of-{WORLD}", "{step}", save_top_k=-1, every_n_train_steps=4)
+    return fit(
+        replay,
+        fraction=0.15,
+        rows=32,
+        max_steps=6,
+        max_epochs=-1,
+        callbacks=[monitor, checkpoint],
+        enable_checkpointing=True,
+        sharded=True,
+    )
 
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 2 and RANK == WORLD - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+
+def sharded_resumed(folder: Path) -> Any:
+    replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=3)
+    path = folder / f"sharded-of-{WORLD}" / "step=4.ckpt"
+    return fit(replay, 0.15, rows=32, max_steps=6, max_epochs=-1, ckpt_path=str(path), sharded=True)
+
+
+def sharded_live(folder: Path) -> Any:
+    replay = SelfGeneratedReplay("ntp", 2.0, source="live", forward="joint", seed=5, refill_rows=3)
+    return fit(replay, 0.15, sharded=True)
 
 
 def killed(folder: Path) -> Any:
-    return fit(SelfGeneratedReplay(seed=5, refill_rows=6), callbacks=[Dies()])
+    """The last process is killed while it samples the second refill, as by the out-of-memory killer."""
+    return _lose_the_last(folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stuck(folder: Path) -> Any:
+    """The last process never comes back from sampling the second refill."""
+    return _lose_the_last(folder, lambda: time.sleep(3600))
+
+
+def _lose_the_last(folder: Path, how: Callable[[], Any]) -> Any:
+    refills: list[int] = []
+
+    def sampler(model: LanguageModel, prompts: Any, length: int, generator: torch.Generator) -> Any:
+        refills.append(len(prompts))
+        if len(refills) == 2:
+            (folder / f"second-refill-{RANK}").touch()
+            if RANK == WORLD - 1:
+                how()
+        return sample_rows(model, prompts, length, generator)
+
+    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=sampler))
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {
@@ -287,7 +363,11 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         background,
         monitored,
         whole,
+        sharded_kl,
+        sharded_resumed,
+        sharded_live,
         killed,
+        stuck,
     )
 } | {f"resumed_from_{number}": functools.partial(resumed, saved_by=number) for number in (1, 2)}
 
