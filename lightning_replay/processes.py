@@ -1,6 +1,7 @@
 """The processes that train one model together: which of them this one is, and what they tell each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
 )
 
-__all__ = ["Processes", "check_strategy", "is_sharded"]
+__all__ = ["LostProcessError", "Processes", "check_strategy", "is_sharded"]
 
 T = TypeVar("T")
 
@@ -23,12 +24,17 @@ _DECISIVE = (MemoryError, MisconfigurationException)
 """Errors that end a run at once; all others are told to the other processes as a `RuntimeError`."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process did not answer: it is gone, or it did not come to the same place in time."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of a fit, as one of them sees it. A single process never waits for anybody.
 
     They speak over a gloo group of their own, between their CPUs: no accelerator is waited for, and nothing of this
-    comes between the collectives of the strategy. Each method is called by all of them, in the same order.
+    comes between the collectives of the strategy. Each method is called by all of them, in the same order; where one
+    does not come within the strategy's time-out, the others get a :class:`LostProcessError`.
 
     Args:
         rank: The number of this process.
@@ -75,7 +81,8 @@ class Processes:
             return [own]
         mine = torch.tensor(own, dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self.group)
+        with _answers():
+            dist.all_gather(everyone, mine, group=self.group)
         return [tuple(numbers.tolist()) for numbers in everyone]
 
     def gather(self, own: T) -> list[T]:
@@ -83,7 +90,8 @@ class Processes:
         if self.size == 1:
             return [own]
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, own, group=self.group)
+        with _answers():
+            dist.all_gather_object(everyone, own, group=self.group)
         return everyone
 
     def first(self, own: T) -> T:
@@ -91,7 +99,8 @@ class Processes:
         if self.size == 1:
             return own
         held = [own]
-        dist.broadcast_object_list(held, src=0, group=self.group)
+        with _answers():
+            dist.broadcast_object_list(held, src=0, group=self.group)
         return held[0]
 
     def together(self, make: Callable[[], T]) -> T:
@@ -129,6 +138,19 @@ class Processes:
             return [self.first(self.together(lambda: make(slice(0, items))))]
         part = slice(items * self.rank // self.size, items * (self.rank + 1) // self.size)
         return self.gather(self.together(lambda: make(part)))
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Say what it means where no answer comes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(
+            "Replay: another process did not answer, so this one ends too. Look for the first error in the other's "
+            "output. Where there is none, it may have had fewer batches than this one (all need equally many, as under "
+            "DDP without replay), or have taken longer to sample than the strategy's `timeout`."
+        ) from error
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:

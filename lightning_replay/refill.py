@@ -21,6 +21,7 @@ from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.generation import RowGenerator, cache_reference, stream
 from lightning_replay.language_model import LanguageModel
+from lightning_replay.processes import LostProcessError
 from lightning_replay.progress import refill_bar
 from lightning_replay.reference import FrozenCopy, ReferenceModel
 
@@ -230,7 +231,7 @@ class Refiller:
     def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
         """Go on with the rows that are there, where there are any and not too many refills have failed."""
         self._failures += 1
-        hopeless = isinstance(error, (MemoryError, MisconfigurationException))
+        hopeless = isinstance(error, (MemoryError, MisconfigurationException, LostProcessError))
         if hopeless or not len(buffer) or self._failures == _FAILURES:
             raise error
         buffer.renew()

@@ -55,6 +55,11 @@ class SelfGeneratedReplay(Callback):
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
         rows. Sampling touches neither the global random state nor the modes of the model.
 
+    Note:
+        Of several processes, each samples a part of a refill, and all have the rows that one process would have.
+        Each logs the replay loss, age and uses of its own rows. With ``"mixed"`` and ``"lwf"``, the processes' losses
+        are averaged as the strategy averages the user's own, whatever the number of rows behind each.
+
     Args:
         loss: ``"kl"``: divergence from the reference model to the trained one on replay rows, over the full
             vocabulary. ``"ntp"``: next-token loss on them. ``"mixed"``: rows join the batch, and the user's own loss
@@ -113,7 +118,8 @@ class SelfGeneratedReplay(Callback):
             follow one another in a row, as documents in packed text do.
         filters: Which samples to keep; see :mod:`lightning_replay.filters`.
         sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; see
-            :data:`~lightning_replay.sampling.Sampler`. It sees to temperature, truncation and end tokens itself.
+            :data:`~lightning_replay.sampling.Sampler`. It sees to temperature, truncation and end tokens itself. Of
+            several processes, each calls it with prompts and a generator of its own.
         tokenizer: Decodes the previews and tells start and end tokens. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default its
@@ -126,7 +132,7 @@ class SelfGeneratedReplay(Callback):
         ValueError: If an argument is out of its range.
         MisconfigurationException: Before the first step, if the run can't work: no ``ReplayDataModule``, manual
             optimization with a loss of ours, no logits found, samples that don't fit the model, a reference
-            that can't be had.
+            that can't be had, a strategy under which the model can't be called outside of training.
         RuntimeError: If the filters drop every sample.
 
     Example:

@@ -213,7 +213,7 @@ def uneven_shards(folder: Path) -> Any:
 
 
 def unseeded(folder: Path) -> Any:
-    """No seed, a loader of real rows that shuffles and a filter that wavers: by themselves, the processes would differ."""
+    """No seed, a loader of real rows that shuffles, a filter that wavers: by themselves, processes would differ."""
     prior: DataLoader[Any] = DataLoader(prior_rows(), batch_size=3, shuffle=True)  # type: ignore[arg-type]
     return fit(SelfGeneratedReplay("ntp", refill_rows=6, filters=[_by_chance]), data={"prior": prior})
 
@@ -275,8 +275,21 @@ def monitored(folder: Path) -> Any:
         "one": DataLoader(prior_rows()[:3], batch_size=3),  # type: ignore[arg-type]
         "shuffled": mapping_loader(18, batch_size=4, shuffle=True),
     }
-    monitor = ForgettingMonitor(sets, every_n_steps=2)
-    return fit(SelfGeneratedReplay(seed=5, refill_rows=6), callbacks=[monitor], max_steps=4)
+    monitor, evaluated = ForgettingMonitor(sets, every_n_steps=2), Evaluated()
+    return fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4) | {"evaluated": evaluated.calls}
+
+
+class Evaluated(L.Callback):
+    """Counts the calls of the model outside of training."""
+
+    calls = 0
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        def count(module: Any, *_: Any) -> None:
+            self.calls += not module.training
+
+        pl_module.model.register_forward_hook(count)  # type: ignore[union-attr]
 
 
 def resumable() -> SelfGeneratedReplay:

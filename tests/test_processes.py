@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning_replay import ForgettingMonitor, SelfGeneratedReplay
 from lightning_replay.processes import Processes
 from tests import process_runs
-from tests.modules import mapping_loader, quiet_trainer
+from tests.modules import PlainDescent, mapping_loader, quiet_trainer
 
 pytestmark = pytest.mark.slow
 _ROOT = Path(__file__).parents[1]
@@ -203,7 +203,8 @@ def test_processes_share_the_monitoring_and_all_know_the_figures_of_the_whole(ru
     assert len(figures) == 1 + 3 * 5
     for name in set(figures) - {"forgetting/seconds"}:
         assert first["metrics"][name] == second["metrics"][name]
-        assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4)
+        assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4, abs=1e-5)
+    assert max(first["evaluated"], second["evaluated"]) < 0.7 * alone["evaluated"]
     assert first["metrics"]["prior_loss/shuffled"] == pytest.approx(first["metrics"]["prior_loss/many"], rel=1e-6)
 
 
@@ -249,7 +250,7 @@ def test_sharded_weights_train_sample_and_are_measured_as_whole_ones(folders: tu
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])
 def test_where_a_process_is_lost_the_other_ends_with_an_error(tmp_path: Path, how: str) -> None:
-    timeout = 15
+    timeout = 10
     processes = start(tmp_path, how, timeout=timeout)
     try:
         until = time.monotonic() + 60
@@ -261,7 +262,7 @@ def test_where_a_process_is_lost_the_other_ends_with_an_error(tmp_path: Path, ho
         for process in processes:
             process.kill()
             process.wait()
-    assert "RuntimeError" in (tmp_path / "output-0").read_text()
+    assert "LostProcessError: Replay: another process did not answer" in (tmp_path / "output-0").read_text()
     assert not (tmp_path / f"{how}-0.pt").exists()
 
 
@@ -276,11 +277,12 @@ def test_a_single_process_waits_for_nobody() -> None:
 @pytest.mark.parametrize("callback", [SelfGeneratedReplay("lwf"), ForgettingMonitor({"prior": mapping_loader()})])
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_under_which_the_model_cannot_be_called_are_refused(strategy: type[Any], callback: Any) -> None:
-    trainer = quiet_trainer(callbacks=[callback])
+    module, trainer = PlainDescent(process_runs.tiny_llama()), quiet_trainer(callbacks=[callback])
     # Lightning makes neither without a GPU.
-    trainer._accelerator_connector.strategy = strategy.__new__(strategy)
-    trainer.strategy._parallel_devices = [torch.device("cpu")]
+    made: Any = object.__new__(strategy)
+    made._parallel_devices = [torch.device("cpu")]
+    trainer._accelerator_connector.strategy = made
     with pytest.raises(MisconfigurationException, match=rf"{strategy.__name__}\. Use `strategy='ddp'`"):
-        callback.setup(trainer, process_runs.PlainDescent(process_runs.tiny_llama()), "fit")
+        callback.setup(trainer, module, "fit")
     trainer._accelerator_connector.strategy = DDPStrategy(parallel_devices=[torch.device("cpu")])
-    callback.setup(trainer, process_runs.PlainDescent(process_runs.tiny_llama()), "fit")
+    callback.setup(trainer, module, "fit")
