@@ -187,8 +187,9 @@ class Refiller:
             made = ahead.result()
             made.generator.seconds = self.generator.seconds + time.perf_counter() - started
             return made
-        own_tokens = rows * buffer.length // supply.data.processes.size
-        with isolate_rng(), refill_bar(supply.trainer, own_tokens) as advance:
+        processes = supply.data.processes
+        tokens = rows * buffer.length // (1 if processes.lockstep else processes.size)
+        with isolate_rng(), refill_bar(supply.trainer, tokens) as advance:
             made = self._make(supply, self.generator.fork(), rows, buffer, advance)
         made.generator.seconds += made.seconds
         return made

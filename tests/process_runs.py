@@ -188,6 +188,10 @@ def mixed(folder: Path) -> Any:
     return fit(SelfGeneratedReplay("mixed", seed=5, refill_rows=6))
 
 
+def lwf(folder: Path) -> Any:
+    return fit(SelfGeneratedReplay("lwf", 2.0), 0.0)
+
+
 def uneven_padded(folder: Path) -> Any:
     """22 rows: Lightning's sampler gives each of two processes 11, in batches of 4, 4 and 3."""
     loader = mapping_loader(22, batch_size=GLOBAL_BATCH // WORLD)
@@ -367,6 +371,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         cached,
         replace,
         mixed,
+        lwf,
         uneven_padded,
         uneven_shards,
         unseeded,

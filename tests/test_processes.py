@@ -64,8 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("together")
     run_together(
         folder,
-        *("kl", "ntp_with_a_single_row", "cached", "replace", "mixed", "uneven_padded", "uneven_shards", "unseeded"),
-        *("own_sampler", "fails_once", "fails_at_first", "background", "monitored"),
+        *("kl", "ntp_with_a_single_row", "cached", "replace", "mixed", "lwf", "uneven_padded", "uneven_shards"),
+        *("unseeded", "own_sampler", "fails_once", "fails_at_first", "background", "monitored"),
     )
     return lambda name: (*both(folder, name), process_runs.RUNS[name](tmp_path_factory.mktemp("alone")))
 
@@ -123,6 +123,12 @@ def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: s
     if name == "ntp_with_a_single_row":
         assert weights == {2.0}
         assert all(not step["drawn"] for step in second["steps"])
+
+
+def test_two_processes_learn_without_forgetting_as_one_does(runs: Runs) -> None:
+    first, second, alone = runs("lwf")
+    assert_trained_as_one_process(first, second, alone)
+    assert first["metrics"]["replay/loss"] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["replace", "mixed"])
