@@ -91,6 +91,7 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.__dict__.update(vars(filled))
         self._memory = [self._with_room(part, length) for part in (filled.keys, filled.values)]
+        self.keys, self.values = (memory[..., : filled.keys.shape[-2], :] for memory in self._memory)
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
