@@ -21,12 +21,13 @@ try:
     from markupsafe import Markup, escape
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"The report is made with {error.name}, which is not installed: pip install 'lightning-replay[report]'"
     ) from error
 
-__all__ = ["report"]
+__all__ = ["against_new_task", "report"]
 
 NEW_LOSSES = ("val/loss", "val_loss", "train/loss", "train_loss")
 """Keys of the new task's loss, the best first."""
@@ -67,7 +68,8 @@ _STYLE = {
     "ytick.color": _INK,
     "svg.fonttype": "none",
 }
-_LARGE, _SMALL = (4.9, 3.2), (3.5, 2.3)
+_STEPS = "optimizer steps"
+_LARGE, _SMALL = (4.5, 3.0), (3.5, 2.3)
 
 
 @dataclass(frozen=True)
@@ -222,15 +224,15 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
         curves = {run.name: _series(run, f"forgetting/{name}") for run in runs if f"forgetting/{name}" in run.values}
         with pictures.lines(section, f"forgetting-{name}", curves) as axis:
             axis.axhline(0, color=_INK, linewidth=0.8, alpha=0.5, zorder=0)
-            axis.set(title=f"Forgetting of {name}", xlabel="optimizer steps", ylabel="nats a token")
+            axis.set(title=f"Forgetting of {name}", xlabel=_STEPS, ylabel="nats a token")
         curves = {
-            run.name: _against_new_task(run, f"prior_loss/{name}", new_loss, averaged)
+            run.name: against_new_task(run, f"prior_loss/{name}", new_loss, averaged)
             for run in runs
             if f"prior_loss/{name}" in run.values and new_loss in run.values
         }
         if curves:
             with pictures.lines(section, f"new-task-{name}", curves, end=True) as axis:
-                axis.set(title=f"New task and {name}", xlabel=f"new-task loss ({new_loss})", ylabel="prior loss")
+                axis.set(title=f"Loss on {name} against the new task's", xlabel=f"new-task loss ({new_loss})", ylabel="prior loss")
         section.missing += _missing(runs, f"forgetting/{name}")
     if not sets:
         section.missing += ["No run has `forgetting/<name>`: none was made with a ForgettingMonitor."]
@@ -255,7 +257,7 @@ def _time(runs: Sequence[RunLog], pictures: "_Pictures") -> _Section:
         ends += seconds
     for run, place, end in zip(timed, places, ends, strict=True):
         axis.text(0, place + 0.26, _short(run.name), va="bottom")
-        axis.text(end, place, f" {end:.1f} s", va="center")
+        axis.annotate(f"{end:.1f} s", (end, place), (5, 0), textcoords="offset points", va="center")
     axis.set(title="Seconds of the whole run", yticks=[], ylim=(-0.4, len(timed) - 0.3))
     axis.margins(x=0.15)
     axis.set_xlim(left=0)
@@ -280,7 +282,7 @@ def _quality(runs: Sequence[RunLog], pictures: "_Pictures") -> _Section:
         measure = key.removeprefix(prefix)
         curves = {run.name: _series(run, key) for run in runs if key in run.values}
         with pictures.lines(section, f"quality-{measure}", curves, size=_SMALL) as axis:
-            axis.set(title=QUALITY.get(measure, measure).capitalize(), xlabel="optimizer steps")
+            axis.set(title=QUALITY.get(measure, measure).capitalize(), xlabel=_STEPS)
     without = [run.name for run in runs if not any(key in run.values for key in logged)]
     section.missing += _not_in(f"{prefix}<measure>", without, runs)
     return section
@@ -290,7 +292,7 @@ def _series(run: RunLog, key: str) -> tuple[list[float], list[float]]:
     return list(run.values[key]), list(run.values[key].values())
 
 
-def _against_new_task(run: RunLog, prior: str, new: str, averaged: bool) -> tuple[list[float], list[float]]:
+def against_new_task(run: RunLog, prior: str, new: str, averaged: bool) -> tuple[list[float], list[float]]:
     """New-task loss and prior loss behind the same optimizer steps.
 
     The monitor logs at the number of steps behind the weights, Lightning at the index of the last one. What is
@@ -372,6 +374,8 @@ class _Pictures:
             if end:
                 axis.plot(*points[-1], marker="o", markersize=8, color=self.looks[run].color)
         yield axis
+        if axis.get_xlabel() == _STEPS:
+            axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
         axis.title.set_text(_short(axis.get_title()))
         section.pictures.append(self.save(figure, name, list(curves)))
         section.runs += [run for run in curves if run not in section.runs]
@@ -425,4 +429,4 @@ def _template() -> jinja2.Template:
 
 def _code(text: str) -> Markup:
     """Escaped text, with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
