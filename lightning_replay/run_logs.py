@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["NothingToReportError", "RunLog", "read_runs"]
+__all__ = ["MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
 
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
-_CALLBACK_KEYS = ("forgetting/", "prior_loss/", "replay/")
-"""What the keys of :class:`ForgettingMonitor` and :class:`SelfGeneratedReplay` begin with."""
+MONITOR_SECONDS = "forgetting/seconds"
+"""The one key of the monitor that belongs to no prior set."""
+_MONITOR_KEYS = ("forgetting/", "prior_loss/", "prior_perplexity/", "prior_accuracy/", "prior_kl/")
+"""What the keys of :class:`ForgettingMonitor` begin with; the name of a prior set follows."""
+_CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
 _SAMPLES = "replay/samples/text_summary"
 
 
@@ -42,8 +45,9 @@ class RunLog:
 
     @property
     def prior_sets(self) -> list[str]:
-        """Names of the monitored prior sets."""
-        return [key.removeprefix("prior_loss/") for key in self.values if key.startswith("prior_loss/")]
+        """Names of the monitored prior sets, in alphabetical order, as CSV files keep no order."""
+        of_sets = [key for key in self.values if key.startswith(_MONITOR_KEYS) and key != MONITOR_SECONDS]
+        return sorted({key.partition("/")[2] for key in of_sets})
 
     def last(self, key: str) -> float | None:
         """The last value of a key, or None if it was never logged."""
@@ -144,7 +148,7 @@ def _read_events(folder: Path, run: RunLog) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{folder} holds TensorBoard logs, and {error.name}, which reads them, is not installed: "
+            f"{folder} holds TensorBoard logs, and tensorboard, which reads them, is not installed: "
             "pip install 'lightning-replay[report]'"
         ) from error
     # 0 keeps all; by default a random part is kept.
