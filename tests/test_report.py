@@ -201,6 +201,16 @@ def test_tensorboard_logs_tell_the_same_and_the_samples(two_runs: Path, tmp_path
     assert "<script" not in page.source
 
 
+def test_the_samples_of_every_refill_are_read(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    logger.log_metrics({"replay/loss": 1.0}, step=0)
+    for step in range(30):
+        logger.experiment.add_text("replay/samples", f"```\nfirst {step}\n```\n\n```\nsecond\n```", step)
+    logger.finalize("success")
+    (run,), _ = read_runs([tmp_path])
+    assert run.samples == {step: [f"first {step}", "second"] for step in range(30)}
+
+
 def test_at_one_step_the_csv_file_counts(two_runs: Path) -> None:
     (run,), _ = read_runs([two_runs / "with"])
     assert run.last("forgetting/old") == last(two_runs / "with/version_0/metrics.csv", "forgetting/old")
