@@ -185,7 +185,8 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
             )
             section.add(drawn, curves)
         both = [run for run in runs if prior_loss in run.values and new_loss in run.values]
-        if curves := {run.name: against_new_task(run, prior_loss, new_loss, averaged) for run in both}:
+        pairs = {run.name: against_new_task(run, prior_loss, new_loss, averaged) for run in both}
+        if curves := {run: pair for run, pair in pairs.items() if pair[0]}:
             drawn = pictures.lines(
                 f"new-task-{name}",
                 curves,
@@ -240,13 +241,17 @@ def against_new_task(run: RunLog, prior: str, new: str, averaged: bool) -> Curve
     """New-task loss and prior loss behind the same optimizer steps.
 
     The monitor logs at the number of steps behind the weights, Lightning at the index of the last one. What is
-    measured in between is the prior loss on the straight line from one measurement to the next.
+    measured in between is the prior loss on the straight line from one measurement to the next; new-task losses after
+    the last measurement, as a run that was stopped has them, are left out.
     """
     measured_at, prior_losses = (np.array(values, dtype=float) for values in _series(run, prior))
     steps, new_losses = (np.array(values, dtype=float) for values in _series(run, new))
-    matched = np.interp(steps + 1, measured_at, prior_losses)
+    behind = steps + 1
+    known = (behind >= measured_at[0]) & (behind <= measured_at[-1])
+    behind, new_losses = behind[known], new_losses[known]
+    matched = np.interp(behind, measured_at, prior_losses)
     if averaged:
-        interval = np.searchsorted(measured_at, steps + 1)
+        interval = np.searchsorted(measured_at, behind)
         groups = [interval == number for number in np.unique(interval)]
         new_losses, matched = (np.array([values[group].mean() for group in groups]) for values in (new_losses, matched))
     return new_losses.tolist(), matched.tolist()

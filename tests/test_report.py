@@ -244,7 +244,8 @@ def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path: Path) -> None:
-    write_log(tmp_path / "logs" / "a", [{"forgetting/old": 0.0, "prior_loss/old": 1.0}, {"train/loss": 2.0}])
+    prior = {"forgetting/old": 0.0, "prior_loss/old": 1.0}
+    write_log(tmp_path / "logs" / "a", [prior | {"train/loss": 2.0}, prior])
     write_log(tmp_path / "logs" / "b", [{"replay/loss_seconds": 1.5, "forgetting/seconds": 2.5}])
     written = report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
@@ -264,25 +265,25 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_log_that_is_cut_off_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
-    write_log(tmp_path / "a", [{"forgetting/old": float(step)} for step in range(3)])
+    write_log(tmp_path / "a", [{"forgetting/old": float(step)} for step in range(13)])
     path = tmp_path / "a" / "metrics.csv"
-    path.write_bytes(path.read_bytes().replace(b"1.0", b"").rstrip()[:-1])
+    path.write_bytes(path.read_bytes().rstrip()[:-1])  # the last line's step is 1 instead of 12
     (run,), _ = read_runs([tmp_path / "a"])
-    assert run.values == {"forgetting/old": {0: 0.0}}
+    assert run.values == {"forgetting/old": {step: float(step) for step in range(12)}}
     report([tmp_path / "a"], tmp_path / "page")
     assert Page(tmp_path / "page").missing[-1] == "The last line of a/metrics.csv is cut off and was left out."
 
 
 def test_a_run_that_diverged_shows_it_and_is_never_the_best(tmp_path: Path) -> None:
     nan, inf = float("nan"), float("inf")
-    write_log(tmp_path / "logs" / "a", [{"prior_loss/old": 3.0, "prior_perplexity/old": 20.0}])
-    for name, value in {"b": nan, "c": inf}.items():
+    write_log(tmp_path / "logs" / "b", [{"prior_loss/old": 3.0, "prior_perplexity/old": 20.0}])
+    for name, value in {"a": nan, "c": inf}.items():
         rows = [{"prior_loss/old": 2.0, "forgetting/old": 1.0}, {"prior_loss/old": value, "forgetting/old": value}]
         write_log(tmp_path / "logs" / name, [*rows, {"val/loss": value}])
     report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
     losses = [page.cell(run, "loss") for run in "abc"]
-    assert [(text, bold) for text, _, bold in losses] == [("3.000", True), ("nan", False), ("inf", False)]
+    assert [(text, bold) for text, _, bold in losses] == [("nan", False), ("3.000", True), ("inf", False)]
 
 
 def test_of_runs_that_show_the_same_none_is_in_bold_unless_both_beat_a_third(tmp_path: Path) -> None:
@@ -296,9 +297,9 @@ def test_of_runs_that_show_the_same_none_is_in_bold_unless_both_beat_a_third(tmp
 
 def test_new_task_and_prior_loss_are_those_behind_the_same_steps() -> None:
     prior = {0: 1.0, 10: 2.0, 20: 4.0}
-    run = RunLog("run", {"prior_loss/old": prior, "val/loss": {4: 9.0, 9: 8.0, 19: 7.0}})
+    run = RunLog("run", {"prior_loss/old": prior, "val/loss": {4: 9.0, 9: 8.0, 19: 7.0, 29: 6.0}})
     assert against_new_task(run, "prior_loss/old", "val/loss", averaged=False) == ([9.0, 8.0, 7.0], [1.5, 2.0, 4.0])
-    run = RunLog("run", {"prior_loss/old": prior, "train/loss": {4: 9.0, 9: 8.0, 14: 7.0, 19: 6.0}})
+    run = RunLog("run", {"prior_loss/old": prior, "train/loss": {4: 9.0, 9: 8.0, 14: 7.0, 19: 6.0, 20: 5.0}})
     assert against_new_task(run, "prior_loss/old", "train/loss", averaged=True) == ([8.5, 6.5], [1.75, 3.5])
 
 
