@@ -291,4 +291,4 @@ def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) ->
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
     total = min(batches * epochs, steps)
     share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
-    return None if math.isinf(total) else max(1, math.ceil(total * data.count(batch) * share))
+    return None if math.isinf(total) else max(1, math.ceil(round(total * data.count(batch) * share, 6)))
