@@ -144,6 +144,7 @@ def main() -> None:
     for ours, theirs in zip(plain, replayed, strict=True):
         print(f"{ours.step:>6}{ours.prior:>13.3f}{ours.new:>13.3f}{theirs.prior:>13.3f}{theirs.new:>13.3f}")
     print(f"\nLogs: {options.output / 'without_replay'} and {options.output / 'with_replay'}")
+    print(f"A page of them: lightning-replay report {options.output}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_replay
+from lightning_replay.run_logs import NothingToReportError
 
 __all__ = ["main"]
 
@@ -21,10 +22,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     demo.add_argument("--output", type=Path, default=Path("lightning-replay-demo"), help="folder for the results")
     demo.add_argument("--seed", type=int, default=0, help="seed of weights, problems and samples")
+    report = commands.add_parser(
+        "report",
+        help="write a page of what runs have logged: forgetting, new task, time, samples",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder with CSV or TensorBoard logs in it")
+    report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="folder for the page")
+    report.add_argument("--new-loss", metavar="KEY", help="key of the new task's loss; val/loss, else train/loss")
     options = parser.parse_args(arguments)
 
     try:
-        from lightning_replay.demo import demo as run_demo
-    except ModuleNotFoundError as error:
+        if options.command == "demo":
+            from lightning_replay.demo import demo as run_demo
+
+            run_demo(options.output, options.seed)
+        else:
+            from lightning_replay.report import report as write_report
+
+            page, *pictures = write_report(options.runs, options.output, options.new_loss)
+            print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+    except (ModuleNotFoundError, NothingToReportError) as error:
         parser.exit(1, f"{error}\n")
-    run_demo(options.output, options.seed)

@@ -208,7 +208,7 @@ class ReplayDataModule(pl.LightningDataModule):
         # Without us Lightning would have called the wrapped datamodule's hook, or else the module's.
         owner = self.wrapped if is_overridden("on_after_batch_transfer", self.wrapped) else trainer.lightning_module
         batch = owner.on_after_batch_transfer(batch, dataloader_idx)
-        return self._mix(batch) if trainer.training else batch
+        return self.mixed(batch) if trainer.training else batch
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -239,7 +239,8 @@ class ReplayDataModule(pl.LightningDataModule):
             self.prior.load_state_dict(prior)
         self.wrapped.load_state_dict(state_dict["wrapped"])
 
-    def _mix(self, batch: Any) -> Any:
+    def mixed(self, batch: Any) -> Any:
+        """A batch of new rows with the replay rows that are due; it is called for each training batch."""
         self.drawn, self.drawn_weight = None, 1.0
         if not self.replay_fraction or (self.refill is None and not self.buffer and not self.prior):
             return batch

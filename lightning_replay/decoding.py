@@ -1,10 +1,13 @@
 """Next-token logits of rows that grow: token by token where the model keeps what it has read, else from the start."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 from typing_extensions import override
 
 from lightning_replay.language_model import LanguageModel, state_argument
@@ -15,6 +18,7 @@ _MEMORY = {"share": 0.125, "cpu": 2**30}
 """What decoding may take: a share of a device's memory, or bytes on a CPU."""
 _MOST_ROWS = 256
 """Rows past which decoding gets no faster."""
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
 class Decoder:
@@ -23,13 +27,22 @@ class Decoder:
     Args:
         model: The model, in evaluation mode.
         length: How long the rows will be.
+        compiled: Whether `torch.compile` makes the forward, over keys and values of a fixed size; with CUDA graphs on a
+            device that has them. The first rows of each shape wait for the compiler.
+
+    Raises:
+        MisconfigurationException: If ``compiled`` and the model takes no keys and values of a fixed size.
     """
 
-    def __init__(self, model: LanguageModel, length: int) -> None:
+    def __init__(self, model: LanguageModel, length: int, compiled: bool = False) -> None:
         self._model = model
         self._length = length
         self._argument = state_argument(model.module) if model.has_cache else None
         self._state: Any = None
+        self._read = 0
+        self._forward: Callable[..., Any] = model.module
+        if compiled:
+            self._forward, self._state = _compiled(model.module), _static(model, length)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """The next token's logits in 32-bit floats, shape ``(rows, vocabulary)``.
@@ -39,11 +52,12 @@ class Decoder:
         """
         if self._argument is None:
             return self._model.logits(tokens)[:, -1].float()
+        unread, self._read = tokens[:, self._read :], tokens.shape[1]
         if self._state is None:
-            output = self._model.module(tokens, use_cache=True)
+            output = self._forward(unread, use_cache=True)
             self._state = _preallocated(getattr(output, self._argument), self._length)
         else:
-            output = self._model.module(tokens[:, -1:], use_cache=True, **{self._argument: self._state})
+            output = self._forward(unread, use_cache=True, **{self._argument: self._state})
             self._state = getattr(output, self._argument)
         logits: Tensor = output.logits[:, -1].float()
         return logits
@@ -72,6 +86,32 @@ def rows_at_a_time(model: LanguageModel, length: int) -> int:
     return int(min(_MOST_ROWS, max(1, memory // bytes_of_row)))
 
 
+def _static(model: LanguageModel, length: int) -> StaticCache:
+    """Keys and values of a fixed size, yet to be filled."""
+    if not model.has_cache or state_argument(model.module) not in ("cache", "past_key_values"):
+        raise MisconfigurationException(
+            "`compile_sampling=True` decodes a Hugging Face model with keys and values of a fixed size, which "
+            f"{type(model.module).__name__} doesn't take. Leave it out."
+        )
+    config: Any = model.module.config
+    return StaticCache(config=config, max_cache_len=length)
+
+
+def _compiled(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward, compiled once for as long as the module lives."""
+    if module not in _COMPILED:
+        mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+        weakly = weakref.ref(module)  # a forward that held the module would keep it for ever
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            alive = weakly()
+            assert alive is not None
+            return alive(*args, **kwargs)
+
+        _COMPILED[module] = torch.compile(forward, mode=mode)
+    return _COMPILED[module]
+
+
 def _preallocated(state: Any, length: int) -> Any:
     """The same state; keys and values that would be copied at each new token get memory for the whole row instead."""
     if isinstance(state, DynamicCache):
@@ -91,6 +131,7 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.__dict__.update(vars(filled))
         self._memory = [self._with_room(part, length) for part in (filled.keys, filled.values)]
+        self.keys, self.values = (memory[..., : filled.keys.shape[-2], :] for memory in self._memory)
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ class RowGenerator:
         loss_on: Which tokens are targets.
         filters: Which samples to keep.
         sampler: A function to sample with instead of ours.
+        compile_sampling: Whether `torch.compile` makes the forward of sampling.
 
     Attributes:
         refills: How often rows were generated.
@@ -69,6 +70,7 @@ class RowGenerator:
         loss_on: LossOn = "sample",
         filters: Sequence[Filter] = (),
         sampler: Sampler | None = None,
+        compile_sampling: bool = False,
     ) -> None:
         truncation(temperature, top_k, top_p, min_p)
         if isinstance(prompts, str) and prompts != "chat":
@@ -87,7 +89,9 @@ class RowGenerator:
         self.loss_on: LossOn = loss_on
         self.filters = list(filters)
         self.sampler = sampler
-        self._draw = partial(sample_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        self._draw = partial(
+            sample_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, compiled=compile_sampling
+        )
 
         self.refills = 0
         self.samples_drawn = 0

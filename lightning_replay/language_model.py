@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 __all__ = ["LanguageModel", "evaluating", "find_language_model"]
 
 _STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+_PROBE = 4
+"""Tokens in each of the two rows that a model is tried on."""
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "context_length")
 
 
@@ -80,7 +82,7 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
 
     Without a path, that is its outermost Hugging Face or PEFT model (the one that trains, where there are
     several), else the one child that holds all its parameters, else the LightningModule itself.
-    It is called once on two tokens, in evaluation mode, to see that it gives logits.
+    It is tried on a few tokens, in evaluation mode, to see that it gives logits and keeps what it has read.
 
     Args:
         pl_module: The user's module.
@@ -177,31 +179,39 @@ def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageMo
     config = getattr(module, "config", None)
     context = next((int(v) for n in _CONTEXT_NAMES if (v := getattr(config, n, None)) is not None), None)
     bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False)
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with evaluating(module):
         try:
+            vocabulary = bare.logits(torch.zeros(1, 2, dtype=torch.int64, device=device)).shape[2]
+            tokens = torch.arange(2 * _PROBE, device=device).view(2, -1) % vocabulary
             logits = bare.logits(tokens)
         except Exception as error:  # whatever the user's forward raises is the reason to show
-            raise _no_logits(where, f"called with two tokens it raised {type(error).__name__}: {error}") from error
-        if logits.shape[:2] != (1, 2):
-            raise _no_logits(where, f"called with tokens of shape (1, 2) it gave logits of shape {tuple(logits.shape)}")
-        return LanguageModel(module, logits.shape[2], context, has_cache=_goes_on(module, tokens, logits))
+            raise _no_logits(where, f"called with a few tokens it raised {type(error).__name__}: {error}") from error
+        if logits.shape[:2] != tokens.shape:
+            raise _no_logits(
+                where,
+                f"called with tokens of shape {tuple(tokens.shape)} it gave logits of shape {tuple(logits.shape)}",
+            )
+        return LanguageModel(module, vocabulary, context, has_cache=_goes_on(module, tokens, logits))
 
 
 def _goes_on(module: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
-    """Whether a model says the same of two tokens at once and of the second one alone, given what it kept of the first.
+    """Whether a model says the same of tokens one by one, given what it kept of those before, as of all at once.
 
     A promise in a signature is not enough: states come in many forms, and a wrong one would spoil samples silently.
     """
     name = state_argument(module)
     if name is None:
         return False
-    state = getattr(module(tokens[:, :1], use_cache=True), name, None)
-    if state is None:
-        return False
-    second = find_logits(module(tokens[:, 1:], use_cache=True, **{name: state}))[:, -1]
+    said: list[Tensor] = []
+    state: Any = None
+    for token in tokens.split(1, dim=1):  # type: ignore[no-untyped-call]
+        output = module(token, use_cache=True) if state is None else module(token, use_cache=True, **{name: state})
+        state = getattr(output, name, None)
+        said.append(find_logits(output))
+        if state is None or said[-1].shape != logits[:, :1].shape:
+            return False
     tolerance = 64 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    return bool((second - logits[:, -1]).abs().max() <= tolerance)
+    return bool((torch.cat(said, 1) - logits).abs().max() <= tolerance)
 
 
 def _no_logits(where: str, reason: str) -> MisconfigurationException:

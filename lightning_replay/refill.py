@@ -303,4 +303,5 @@ def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) ->
     if math.isinf(total):
         return None
     counts = data.processes.numbers(math.ceil(total), data.count(batch))
-    return max(1, math.ceil(max(batches for batches, _ in counts) * sum(rows for _, rows in counts) * share))
+    new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
+    return max(1, math.ceil(round(new_rows * share, 6)))

@@ -106,6 +106,8 @@ class SelfGeneratedReplay(Callback):
             together depends on memory alone: what keys and values take, and less where memory runs out.
         background: Whether the next refill is sampled by a thread on one core while the model trains. It needs a
             frozen copy as the reference, and pays where a core is idle. The samples are the same.
+        compile_sampling: Whether sampling goes through `torch.compile`, with keys and values of a fixed size; on CUDA
+            with CUDA graphs. The compiler takes its time once for each shape; on a CPU it has gained nothing here.
         forward: ``"separate"``: replay rows take a forward of their own, after the user's. ``"joint"``: they travel
             with the model's call in ``training_step``, which saves an accelerator the second call. The gradients are
             the same but for rounding. ``"auto"``: separate on a CPU, where it is faster, joint elsewhere.
@@ -161,6 +163,7 @@ class SelfGeneratedReplay(Callback):
         sample_length: int | None = None,
         refill_rows: int | Literal["auto"] = "auto",
         background: bool = False,
+        compile_sampling: bool = False,
         forward: Forward = "auto",
         uses_per_sample: int = 1,
         temperature: float = 1.0,
@@ -210,7 +213,17 @@ class SelfGeneratedReplay(Callback):
             loss, coefficient, divergence, divergence_temperature, self.reference, forward, ignore_index
         )
         generator = RowGenerator(
-            prompts, sample_length, temperature, top_k, top_p, min_p, stop_at_eos, loss_on, filters, sampler
+            prompts,
+            sample_length,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            stop_at_eos,
+            loss_on,
+            filters,
+            sampler,
+            compile_sampling,
         )
         self.refiller = Refiller(
             generator,

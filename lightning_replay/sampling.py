@@ -60,6 +60,7 @@ def sample_rows(
     min_p: float | None = None,
     stop: Sequence[int] = (),
     reply: Sequence[int] = (),
+    compiled: bool = False,
     part: slice = slice(None),
     batch_size: int | None = None,
     shrunk: Callable[[int], Any] | None = None,
@@ -85,6 +86,7 @@ def sample_rows(
         reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
             reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
             and ``stop`` ends the second turn.
+        compiled: Whether `torch.compile` makes the model's forward; see :class:`~lightning_replay.decoding.Decoder`.
         part: Which of the samples to draw, where several processes share the work; all of them by default.
         batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
         shrunk: Called with each smaller batch size.
@@ -111,7 +113,8 @@ def sample_rows(
     while done < len(given):
         some = slice(done, done + batch_size)
         try:
-            parts.append(_decode(model, given[some], uniforms[some], warp, stop, reply, progress))
+            decoder = Decoder(model, length, compiled)
+            parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, stop, reply, progress))
             done += batch_size
             continue
         except RuntimeError as error:
@@ -178,7 +181,8 @@ def truncation(temperature: float, top_k: int | None, top_p: float | None, min_p
 
 
 def _decode(
-    model: LanguageModel,
+    decoder: Decoder,
+    device: torch.device,
     given: Tensor,
     uniforms: Tensor,
     warp: Any,
@@ -188,7 +192,6 @@ def _decode(
 ) -> Samples:
     """One batch of samples, token by token."""
     rows, length = given.shape
-    device = model.device
     first = length - uniforms.shape[1]
     given, uniforms = given.to(device), uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
     tokens = given.clamp(min=0)
@@ -196,7 +199,6 @@ def _decode(
     log_probs = torch.zeros(rows, length, device=device)
     turns = _Turns(rows, length, stop, reply, device)
     sane = torch.ones((), dtype=torch.bool, device=device)
-    decoder = Decoder(model, length)
     for position in range(first, length):
         logits = decoder.next_logits(tokens[:, :position])
         probabilities = logits.softmax(-1)

@@ -50,6 +50,7 @@ def test_the_finetuning_example_logs_both_runs(real_data: Path, tmp_path: Path) 
         [*script, *arguments(real_data, tmp_path, steps=10)], check=True, capture_output=True, text=True
     )
     assert run.stdout.count("\n    10") == 1
+    assert run.stdout.endswith(f"lightning-replay report {tmp_path}\n")
     for name in ("without_replay", "with_replay"):
         (version,) = (tmp_path / name).iterdir()
         header = (version / "metrics.csv").read_text().splitlines()[0].split(",")

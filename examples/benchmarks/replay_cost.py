@@ -1,0 +1,350 @@
+"""What replay costs: time of a fit, sampling speed, memory, and how each grows.
+
+Everything is a ratio of two measurements taken in turn in one run: A B A B …, and the median of the ratios of
+neighbours. Models have random weights, which cost what trained ones do, so nothing is downloaded.
+
+    python examples/benchmarks/replay_cost.py                 # all parts, about 20 minutes on two cores
+    python examples/benchmarks/replay_cost.py --only fit      # one of fit, sampling, draw, memory, growth
+    python examples/benchmarks/replay_cost.py --quick         # every part once, in about a minute: to see that it runs
+
+Prints a table in Markdown for each part and writes all figures to ``<output>/replay_cost.json``.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lightning_replay import CausalLM, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay, sample_rows
+from lightning_replay.language_model import evaluating, find_language_model
+
+LENGTH = 128
+NEW_ROWS = 16
+
+
+def tinystories() -> PreTrainedModel:
+    """The shape of TinyStories-656K: 2 layers of width 128, vocabulary 2,048."""
+    return llama(width=128, layers=2, heads=8, vocabulary=2048, inner=384, kv_heads=4, tied=True)
+
+
+def llama(
+    width: int, layers: int, heads: int, vocabulary: int = 8192, inner: int = 0, kv_heads: int = 0, tied: bool = False
+) -> PreTrainedModel:
+    """A Llama with random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner or width * 8 // 3 // 64 * 64,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads or heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def gpt2(width: int, layers: int, heads: int, vocabulary: int) -> PreTrainedModel:
+    """A GPT-2 with random weights."""
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=1, eos_token_id=2
+    )
+    return GPT2LMHeadModel(config)
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "TinyStories-656K": tinystories,
+    "Llama, 25M": lambda: llama(512, 6, 8, vocabulary=8192),
+    "GPT-2, 25M": lambda: gpt2(512, 6, 8, vocabulary=12000),
+    "Llama, 125M": lambda: llama(768, 12, 12, vocabulary=32000),
+    "GPT-2, 125M": lambda: gpt2(768, 12, 12, vocabulary=50257),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Two costs, measured in turn: medians, and the median and the extremes of the ratios of neighbours."""
+
+    ours: float
+    base: float
+    ratio: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        """The ratio with its extremes."""
+        return f"{self.ratio:.2f} ({self.least:.2f} to {self.most:.2f})"
+
+
+def in_turn(arms: Mapping[str, Callable[[], Any]], base: str, repeats: int) -> dict[str, Ratio]:
+    """Seconds of each arm over those of the base, measured in turn after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats + 1):
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            arm()
+            seconds[name].append(time.perf_counter() - started)
+    counted = {name: values[1:] for name, values in seconds.items()}
+    found = {}
+    for name, values in counted.items():
+        ratios = [ours / theirs for ours, theirs in zip(values, counted[base], strict=True)]
+        found[name] = Ratio(median(values), median(counted[base]), median(ratios), min(ratios), max(ratios))
+    return found
+
+
+def fit(
+    model: PreTrainedModel, steps: int, replay: SelfGeneratedReplay | None, fraction: float, new_rows: int = NEW_ROWS
+) -> None:
+    """Train on random rows."""
+    rows: Any = torch.randint(3, model.config.vocab_size, (new_rows, LENGTH))
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
+    batches: Any = [batch] * steps
+    loader = DataLoader(batches, batch_size=None)
+    trainer = L.Trainer(
+        max_steps=steps,
+        callbacks=[] if replay is None else [replay],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = CausalLM(model, 1e-4, schedule="constant")
+    if replay is None:
+        trainer.fit(module, loader)
+    else:
+        trainer.fit(module, datamodule=ReplayDataModule(loader, fraction))
+
+
+def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
+    """A fit with replay over the same fit without."""
+    steps, repeats = (4, 1) if options.quick else (48, options.repeats)
+    torch.manual_seed(0)
+    model = tinystories()
+
+    def arm(fraction: float, **settings: Any) -> Callable[[], None]:
+        return lambda: fit(model, steps, SelfGeneratedReplay(**settings), fraction)
+
+    arms: dict[str, Callable[[], Any]] = {
+        "no replay": lambda: fit(model, steps, None, 0.0),
+        "plugin attached, `replay_fraction=0`": arm(0.0),
+        "KL, 16 new + 4 replay rows": arm(0.2),
+        "the same, `forward='joint'`": arm(0.2, forward="joint"),
+        "the same, `background=True`": arm(0.2, background=True),
+        "the same, `reference='cached'`": arm(0.2, reference="cached"),
+        "the same, `reference_dtype='bfloat16'`": arm(0.2, reference_dtype="bfloat16"),
+        "the same, samples of one row's length": arm(0.2, sample_length=LENGTH),
+        "next-token loss, 16 + 4": arm(0.2, loss="ntp"),
+        "KL, 16 new + 16 replay rows": arm(0.5),
+        "the same, `background=True` (16 + 16)": arm(0.5, background=True),
+        "the same, `reference='cached'` (16 + 16)": arm(0.5, reference="cached"),
+    }
+    found = in_turn(arms, "no replay", repeats)
+    print(f"\nA fit of {steps} steps, TinyStories-656K, {NEW_ROWS} new rows of {LENGTH} tokens, sampling included\n")
+    print("| fit | ms a step | ÷ without replay |\n|---|---|---|")
+    for name, ratio in found.items():
+        print(f"| {name} | {ratio.ours / steps * 1000:.0f} | {ratio} |")
+    return {name: vars(ratio) for name, ratio in found.items()}
+
+
+def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of ours over those of `model.generate`."""
+    found: dict[str, Any] = {}
+    print("\nSampling against `model.generate`, temperature 1, nothing truncated, tokens a second\n")
+    print("| model | rows × tokens | ours | `generate` | ours ÷ `generate` |\n|---|---|---|---|---|")
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        module = make().eval()
+        model = find_language_model(CausalLM(module), None)
+        rows, length = (128, LENGTH) if name.startswith("Tiny") else (16, LENGTH)
+        if options.quick:
+            rows, length = 2, 8
+        ours, theirs = sampling_arms(model, module, rows, length)
+        with evaluating(module):
+            repeats = 1 if options.quick else options.repeats if "125M" not in name else 3
+            ratio = in_turn({"ours": ours, "generate": theirs}, "ours", repeats)["generate"]
+        found[name] = vars(ratio) | {"rows": rows, "length": length}
+        tokens = rows * (length - 1)
+        print(f"| {name} | {rows} × {length} | {tokens / ratio.base:,.0f} | {tokens / ratio.ours:,.0f} | {ratio} |")
+    return found
+
+
+def sampling_arms(
+    model: Any, module: PreTrainedModel, rows: int, length: int
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The same work by our loop and by `generate`."""
+    start = torch.ones(rows, 1, dtype=torch.int64)
+
+    def ours() -> None:
+        sample_rows(model, start, length, torch.Generator().manual_seed(0))
+
+    def theirs() -> None:
+        generate: Any = module.generate
+        generate(start, do_sample=True, top_k=0, max_length=length, min_length=length, pad_token_id=0)
+
+    return ours, theirs
+
+
+def measure_draw(options: argparse.Namespace) -> dict[str, Any]:
+    """Drawing and merging as a share of a plain step, over the capacity of the buffer."""
+    torch.manual_seed(0)
+    model, repeats = tinystories(), 20 if options.quick else 400
+    steps = 2 if options.quick else 32
+    step = in_turn({"fit": lambda: fit(model, steps, None, 0.0)}, "fit", 1 if options.quick else 3)["fit"].ours / steps
+    found: dict[str, Any] = {"step_seconds": step}
+    print("\nDrawing 4 rows and joining them to 16, as a share of a plain step\n")
+    print("| capacity | µs | share of a step | buffer, bytes a token |\n|---|---|---|---|")
+    for capacity in (10**3, 10**4) if options.quick else (10**3, 10**4, 10**5, 10**6):
+        buffer = ReplayBuffer(capacity, LENGTH)
+        buffer.add(torch.randint(3, 2048, (capacity, LENGTH)))
+        data = ReplayDataModule([], 0.2, buffer=buffer)
+        rows = torch.randint(3, 2048, (NEW_ROWS, LENGTH))
+        batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            data.mixed(batch)
+            seconds.append(time.perf_counter() - started)
+        a_token = buffer.nbytes / (capacity * LENGTH)
+        found[str(capacity)] = {"seconds": median(seconds), "share": median(seconds) / step, "bytes": a_token}
+        print(f"| {capacity:,} | {median(seconds) * 1e6:.0f} | {median(seconds) / step:.2%} | {a_token:.2f} |")
+    cached = ReplayBuffer(100, LENGTH, top_k=64)
+    a_log_prob = (cached.nbytes - ReplayBuffer(100, LENGTH).nbytes) / (100 * (LENGTH - 1) * 64)
+    print(f"\nA cached log-probability takes {a_log_prob:.2f} bytes, the tail's included (k = 64).")
+    return found | {"bytes_of_a_log_probability": a_log_prob}
+
+
+MEMORY_ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
+    "no replay": (False, None),
+    "KL, frozen copy": (False, {}),
+    "KL, cached reference": (False, {"reference": "cached"}),
+    "LoRA, no replay": (True, None),
+    "LoRA, KL": (True, {}),
+}
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of a fit of the 125M Llama, each in a process of its own."""
+    name = "TinyStories-656K" if options.quick else "Llama, 125M"
+    found: dict[str, Any] = {}
+    print(f"\nPeak memory of a process that trains {name}, 8 new and 2 replay rows of {LENGTH} tokens\n")
+    print("| fit | MB | ÷ without replay |\n|---|---|---|")
+    for arm in MEMORY_ARMS:
+        command = [sys.executable, __file__, "--memory-arm", arm, "--memory-model", name]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[arm] = float(printed.split()[-1])
+        base = found["LoRA, no replay" if arm.startswith("LoRA") else "no replay"]
+        print(f"| {arm} | {found[arm]:,.0f} | {found[arm] / base:.3f} |")
+    return found
+
+
+def memory_arm(arm: str, name: str) -> None:
+    """Train in this process and print its peak memory in MB."""
+    lora, settings = MEMORY_ARMS[arm]
+    model: Any = MODELS[name]()
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))
+    replay = None if settings is None else SelfGeneratedReplay(**settings)
+    fit(model, 4, replay, 0.2, new_rows=8)
+    print(peak_memory())
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` tells begins with the parent's peak on Linux
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Sampling time over rows, length and model size; step cost over the share of replay rows."""
+    found: dict[str, Any] = {"sampling": [], "fraction": {}}
+    cases = [("TinyStories-656K", rows, LENGTH) for rows in (16, 64, 256, 1024)]
+    cases += [("TinyStories-656K", 64, length) for length in (64, 256, 512)]
+    cases += [(name, 16, LENGTH) for name in ("Llama, 25M", "Llama, 125M")]
+    print("\nSampling time\n\n| model | rows | tokens a row | seconds | tokens a second |\n|---|---|---|---|---|")
+    for name, rows, length in cases[:2] if options.quick else cases:
+        torch.manual_seed(0)
+        module = MODELS[name]().eval()
+        model = find_language_model(CausalLM(module), None)
+        seconds = []
+        with evaluating(module):
+            for _ in range(1 if options.quick else 3):
+                started = time.perf_counter()
+                sample_rows(model, [[1]] * rows, length, torch.Generator().manual_seed(0), batch_size=256)
+                seconds.append(time.perf_counter() - started)
+        taken = median(seconds)
+        found["sampling"].append({"model": name, "rows": rows, "length": length, "seconds": taken})
+        print(f"| {name} | {rows} | {length} | {taken:.2f} | {rows * (length - 1) / taken:,.0f} |")
+    steps, repeats = (2, 1) if options.quick else (48, 3)
+    model_656k = tinystories()
+    arms: dict[str, Callable[[], Any]] = {"0": lambda: fit(model_656k, steps, None, 0.0)}
+    for fraction in (0.2, 0.5) if options.quick else (0.1, 0.2, 0.3, 0.4, 0.5):
+        arms[str(fraction)] = lambda share=fraction: fit(model_656k, steps, SelfGeneratedReplay(), share)  # type: ignore[misc]
+    print("\nStep cost over the share of replay rows\n\n| `replay_fraction` | ms a step | ÷ none |\n|---|---|---|")
+    for name, ratio in in_turn(arms, "0", repeats).items():
+        found["fraction"][name] = vars(ratio)
+        print(f"| {name} | {ratio.ours / steps * 1000:.0f} | {ratio} |")
+    return found
+
+
+PARTS = {
+    "fit": measure_fit,
+    "sampling": measure_sampling,
+    "draw": measure_draw,
+    "memory": measure_memory,
+    "growth": measure_growth,
+}
+
+
+def main() -> None:
+    """Measure what is asked for, print the tables and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts to measure")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison that count")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the figures")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--memory-arm", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-model", choices=MODELS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    if options.memory_arm:
+        memory_arm(options.memory_arm, options.memory_model)
+        return
+    figures: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {options.threads} threads",
+        "torch": torch.__version__,
+        "repeats": options.repeats,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    for part in options.only:
+        figures[part] = PARTS[part](options)
+        (options.output / "replay_cost.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

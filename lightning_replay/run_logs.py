@@ -1,0 +1,165 @@
+"""Reading what runs have logged: Lightning's CSV files and TensorBoard's event files."""
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
+
+_CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
+MONITOR_SECONDS = "forgetting/seconds"
+"""The one key of the monitor that belongs to no prior set."""
+_MONITOR_KEYS = ("forgetting/", "prior_loss/", "prior_perplexity/", "prior_accuracy/", "prior_kl/")
+"""What the keys of :class:`ForgettingMonitor` begin with; the name of a prior set follows."""
+_CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
+_SAMPLES = "replay/samples/text_summary"
+
+
+class NothingToReportError(ValueError):
+    """There are no logs to make a report of."""
+
+
+@dataclass
+class RunLog:
+    """What one run logged.
+
+    Attributes:
+        name: Where its folder is, below the folder that holds all runs.
+        values: By key, the value at each step; steps in rising order.
+        samples: By step, the previews of that refill.
+        notes: What of the logs was left out.
+    """
+
+    name: str
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    samples: dict[int, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """The last step at which anything was logged."""
+        return max((max(series) for series in self.values.values()), default=0)
+
+    @property
+    def prior_sets(self) -> list[str]:
+        """Names of the monitored prior sets, in alphabetical order, as CSV files keep no order."""
+        of_sets = [key for key in self.values if key.startswith(_MONITOR_KEYS) and key != MONITOR_SECONDS]
+        return sorted({key.partition("/")[2] for key in of_sets})
+
+    def last(self, key: str) -> float | None:
+        """The last value of a key, or None if it was never logged."""
+        series = self.values.get(key)
+        return None if series is None else series[max(series)]
+
+    def add(self, key: str, values: Iterable[tuple[int, float]]) -> None:
+        """Add values of a key; where a step has one already, the new one takes its place."""
+        series = self.values.get(key, {}) | dict(values)
+        if series:
+            self.values[key] = dict(sorted(series.items()))
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
+    """Read all runs in some folders and below.
+
+    Each folder with a ``metrics.csv`` or TensorBoard's event files is a run. Where it has both, they are taken
+    together; at the same step the CSV file counts, which has all digits.
+
+    Args:
+        folders: Where to look.
+
+    Returns:
+        The runs made with the callbacks, by name, and the names of those that logged nothing of the callbacks'.
+
+    Raises:
+        NothingToReportError: If a folder is missing, or no run made with the callbacks is found.
+        ModuleNotFoundError: If there are event files and ``tensorboard`` is not installed.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise NothingToReportError(f"{folder} {what}. Give folders that hold the logs of runs, such as `runs`.")
+    roots = [folder.resolve() for folder in folders]
+    found = {log.parent for root in roots for pattern in (_CSV, _EVENTS) for log in root.rglob(pattern)}
+    given = ", ".join(map(str, folders))
+    if not found:
+        raise NothingToReportError(
+            f"No logs in {given} or below: a run's folder holds `{_CSV}` or `{_EVENTS}`. Train with a CSVLogger or a "
+            "TensorBoardLogger and give the folder that it writes to."
+        )
+    common = Path(os.path.commonpath(roots))
+    runs = [_read_run(folder, common) for folder in sorted(found, key=_natural)]
+    known = [run for run in runs if any(key.startswith(_CALLBACK_KEYS) for key in run.values)]
+    if not known:
+        keys = sorted({key for run in runs for key in run.values})
+        raise NothingToReportError(
+            f"The logs in {given} hold nothing of ForgettingMonitor or SelfGeneratedReplay, such as "
+            f"`forgetting/<name>`, but only: {', '.join(keys) or 'no value at all'}. Train with one of these callbacks."
+        )
+    return known, [run.name for run in runs if run not in known]
+
+
+def _natural(path: Path) -> list[str | int]:
+    """For sorting ``version_2`` before ``version_10``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _read_run(folder: Path, common: Path) -> RunLog:
+    run = RunLog(folder.name if folder == common else folder.relative_to(common).as_posix())
+    if any(folder.glob(_EVENTS)):
+        _read_events(folder, run)
+    if (folder / _CSV).exists():
+        _read_csv(folder / _CSV, run)
+    return run
+
+
+def _read_csv(path: Path, run: RunLog) -> None:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        lines = file.readlines()
+    if lines and not lines[-1].endswith("\n"):
+        # A number that is cut off is still a number, but another one.
+        lines.pop()
+        run.notes.append(f"The last line of {run.name}/{path.name} is cut off and was left out.")
+    series: dict[str, dict[int, float]] = {}
+    for row in csv.DictReader(lines, restval="", restkey=""):
+        step = _number(row.get("step", ""))
+        if step is None:
+            continue
+        for key, cell in row.items():
+            value = _number(cell)
+            if value is not None:
+                series.setdefault(key, {})[int(step)] = value
+    for key in series.keys() - {"step", "epoch"}:
+        run.add(key, series[key].items())
+
+
+def _number(cell: str | list[str]) -> float | None:
+    """The number in a cell, which may be NaN; None where there is none."""
+    try:
+        return float(cell)  # type: ignore[arg-type]  # the cells beyond the header's are a list
+    except (TypeError, ValueError):
+        return None
+
+
+def _read_events(folder: Path, run: RunLog) -> None:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{folder} holds TensorBoard logs, and tensorboard, which reads them, is not installed: "
+            "pip install 'lightning-replay[report]'"
+        ) from error
+    # 0 keeps all; by default a random part is kept.
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    for key in events.Tags()["scalars"]:
+        run.add(key, ((event.step, event.value) for event in events.Scalars(key)))
+    if _SAMPLES in events.Tags()["tensors"]:
+        for event in events.Tensors(_SAMPLES):
+            run.samples[event.step] = _unfenced(event.tensor_proto.string_val[0].decode(errors="replace"))
+
+
+def _unfenced(markdown: str) -> list[str]:
+    """The samples that :class:`SelfGeneratedReplay` put between fences of Markdown."""
+    return markdown.removeprefix("```\n").removesuffix("\n```").split("\n```\n\n```\n")
