@@ -1,12 +1,12 @@
 """Checks of what users pass that several modules share."""
 
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_ids", "check_package", "is_integer", "is_number", "is_whole"]
+__all__ = ["are_ids", "check_package", "described", "is_integer", "is_number", "is_whole"]
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
@@ -30,7 +30,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def are_ids(tokens: Any) -> bool:
+def are_ids(tokens: Any) -> TypeGuard[Tensor]:
     """Whether something is a tensor of integers of shape ``(rows, length)``.
 
     Example:
@@ -43,6 +43,18 @@ def are_ids(tokens: Any) -> bool:
 def is_integer(values: Tensor) -> bool:
     """Whether a tensor is of a type of whole numbers."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def described(value: Any) -> str:
+    """A value in a few words, for an error message.
+
+    Example:
+        >>> described(torch.zeros(2, 3)), described([1, 2])
+        ('torch.float32 of shape (2, 3) on cpu', 'a list')
+    """
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device.type}"
 
 
 def check_package(given: Any, what: str) -> None:
@@ -58,7 +70,7 @@ def check_package(given: Any, what: str) -> None:
     packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
     if "pytorch_lightning" in packages and "lightning" not in packages:
         raise TypeError(
-            f"{what} is a {type(given).__name__} of the `pytorch_lightning` package, whose classes are not those of "
-            "`lightning`, which lightning-replay is made for. Import Trainer, modules, datamodules and callbacks from "
-            "`lightning.pytorch` (or write `import lightning as L`) instead of `pytorch_lightning`."
+            f"{what} ({type(given).__name__}) is made of the `pytorch_lightning` package, whose classes are not those "
+            "of `lightning`, which lightning-replay is made for. Import Trainer, modules, datamodules and callbacks "
+            "from `lightning.pytorch` (or write `import lightning as L`) instead of `pytorch_lightning`."
         )

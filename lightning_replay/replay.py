@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_replay.arguments import check_package, is_number, is_whole
 from lightning_replay.batches import inputs_and_targets, row_length
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
@@ -184,15 +185,19 @@ class SelfGeneratedReplay(Callback):
         _check_choice("divergence", divergence, Divergence)
         if not callable(coefficient):
             _check_coefficient(coefficient, "`coefficient`")
-        if not divergence_temperature > 0:
-            raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature}.")
-        if refill_rows != "auto" and refill_rows < 1:
-            raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows}.")
+        if not is_number(divergence_temperature) or not divergence_temperature > 0:
+            raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature!r}.")
+        if refill_rows != "auto" and not is_whole(refill_rows, 1):
+            raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
         for name, number in {"uses_per_sample": uses_per_sample, "reference_top_k": reference_top_k}.items():
-            if number < 1:
-                raise ValueError(f"`{name}` is at least 1; got {number}.")
-        if sequence_length is not None and sequence_length < 2:
-            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length}.")
+            if not is_whole(number, 1):
+                raise ValueError(f"`{name}` is at least 1; got {number!r}.")
+        if sequence_length is not None and not is_whole(sequence_length, 2):
+            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length!r}.")
+        if not is_whole(previews, 0):
+            raise ValueError(f"`previews` is how many samples to log as text, at least 0; got {previews!r}.")
+        if seed is not None and not is_whole(seed, 0):
+            raise ValueError(f"`seed` is a whole number, at least 0, or None; got {seed!r}.")
         if reference == "cached" and (source == "live" or loss == "lwf"):
             raise ValueError(
                 "`reference='cached'` keeps what the reference says of its own samples. Rows of "
@@ -229,6 +234,7 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_package(trainer, "The Trainer")
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
@@ -505,6 +511,12 @@ class SelfGeneratedReplay(Callback):
             check_tokens(buffer.max_token, "The replay buffer holds", model)
         if data.prior is not None:
             check_tokens(data.prior.max_token, "The prior rows hold", model)
+            # The last token of a row is a target and no more.
+            if model.context is not None and data.prior.length - 1 > model.context:
+                raise MisconfigurationException(
+                    f"The prior rows have up to {data.prior.length} tokens, but {type(model.module).__name__} takes "
+                    f"{model.context} at most. Cut them to that."
+                )
             if data.prior_share == 1:
                 return  # nothing will be sampled
         self.generator.bind(model, self._find_tokenizer(pl_module, data))
@@ -605,7 +617,7 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def _check_coefficient(value: Any, what: str) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
 
 
