@@ -273,8 +273,9 @@ def rows_of(batch: Any) -> ReplayRows:
     """
     tokens, mask, targets = inputs_and_targets(batch)
     if isinstance(batch, (tuple, list)):
-        # The last target is the row's last token; one that is left out is not known.
-        tokens = torch.cat([tokens, targets[:, -1:].clamp(min=0)], 1)
+        # A row's last token is among the targets alone, also where padding follows; one that is left out is not known.
+        answers = torch.where(targets >= 0, targets, F.pad(tokens[:, 1:], (0, 1)))
+        tokens = torch.cat([tokens[:, :1], answers], 1)
     else:
         targets = targets[:, :-1]
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()

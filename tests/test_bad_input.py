@@ -417,7 +417,7 @@ def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) 
         ({"prompts": [[5]], "stop_at_eos": True}, "needs to know the end token, but neither a tokenizer nor"),
         ({"prompts": "chat"}, "needs a tokenizer with a chat template"),
     ):
-        trainer = quiet_trainer(callbacks=[SelfGeneratedReplay(**options)])  # type: ignore[arg-type]
+        trainer = quiet_trainer(callbacks=[SelfGeneratedReplay(**options)])
         data = ReplayDataModule(text(stories), 0.2)
         unchanged(module, MisconfigurationException, message, lambda: trainer.fit(module, datamodule=data))  # noqa: B023
     given = SelfGeneratedReplay(prompts=["w5 w6"], refill_rows=4)
