@@ -100,7 +100,7 @@ class ReplayDataModule(pl.LightningDataModule):
         if pad_token_id is not None and not is_whole(pad_token_id, 0):
             raise ValueError(f"`pad_token_id` is a token id, at least 0; got {pad_token_id!r}.")
         check_package(data, "`data`")
-        if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, (str, Mapping)):
+        if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, str):
             raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
         if buffer is not None and not isinstance(buffer, ReplayBuffer):
             raise TypeError(f"`buffer` is a ReplayBuffer; got {type(buffer).__name__}. Pass your rows as `prior`.")

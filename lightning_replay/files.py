@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 __all__ = ["atomic_write", "read_state", "write_state"]
@@ -79,7 +79,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no file {Path(path).absolute()} to load a replay buffer from.")
     try:
         return read(Path(path))
-    except (SafetensorError, pa.ArrowException, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a file can be wrong in any way
         raise ValueError(
             f"{path} is not the whole file of a replay buffer: {type(error).__name__}: {error}. Load a file that "
             "`ReplayBuffer.save` wrote; nothing else is read, and nothing is unpickled."
@@ -128,9 +128,10 @@ def _write_parquet(path: Path, tensors: dict[str, Tensor], values: dict[str, Any
         "step": pa.array(tensors["steps"].numpy()),
     }
     if values["top_k"]:
-        for name in ("top_ids", "top_log_probs"):
-            _, positions, kept = tensors[name].shape
-            lists = pa.FixedSizeListArray.from_arrays(pa.array(tensors[name].flatten().numpy()), kept)
+        # Not all tools read floats of 16 bits; compressed, the others are hardly larger.
+        for name, cached in {"top_ids": tensors["top_ids"], "top_log_probs": tensors["top_log_probs"].float()}.items():
+            _, positions, kept = cached.shape
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(cached.flatten().numpy()), kept)
             columns[name] = pa.FixedSizeListArray.from_arrays(lists, positions)
     order = {
         "deck": tensors["deck"].tolist(),
@@ -155,12 +156,15 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     for name in ("tokens", "targets"):
         if columns[name].value_lengths().to_pylist() != real.sum(1).tolist():
             raise ValueError(f"`length` is not the number of `{name}` in each row")
+    if tokens.numel() and int(tokens.min()) < 0:
+        raise ValueError(f"`tokens` holds {int(tokens.min())}")
     stored = torch.full(real.shape, -1, dtype=tokens.dtype)  # padding: token 0, and no target
     stored[real] = torch.where(targets, tokens, ~tokens)
     cached: dict[str, Tensor] = {}
     for name, kept, dtype in (("top_ids", top_k, torch.int32), ("top_log_probs", top_k + 1, torch.float16)):
         shape = (len(real), length - 1, kept if top_k else 0)
-        cached[name] = _tensor(columns[name]).view(shape) if top_k else torch.zeros(shape, dtype=dtype)
+        column = _tensor(columns[name]).view(shape) if top_k else torch.zeros(shape, dtype=dtype)
+        cached[name] = column.half() if column.dtype == torch.float32 else column
     return values | {
         "tokens": stored,
         "lengths": lengths,

@@ -70,7 +70,6 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (ReplayBuffer, {"top_k": -1}, ValueError, "`top_k`.*got -1"),
     (ReplayBuffer, {"policy": ["fifo"]}, ValueError, "`policy` is one of 'fifo', 'reservoir'"),
     (ReplayDataModule, {"data": "stories.txt"}, TypeError, "`data` is a LightningDataModule or a dataloader; got str"),
-    (ReplayDataModule, {"data": {"train": []}}, TypeError, "`data`.*got dict"),
     (ReplayDataModule, {"replay_fraction": "0.2"}, ValueError, "`replay_fraction`.*got '0.2'"),
     (ReplayDataModule, {"replay_fraction": None}, ValueError, "`replay_fraction`.*got None"),
     (ReplayDataModule, {"prior_share": "half"}, ValueError, "`prior_share`.*got 'half'"),

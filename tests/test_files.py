@@ -162,6 +162,19 @@ ALTERED: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda _, parts: parts.update(tokens=pa.array([["a", "b"]] * 6)),
         "not the whole file of a replay buffer",
     ),
+    "tokens that are no lists": (
+        ".parquet",
+        lambda _, parts: parts.update(tokens=pa.array([5] * 6, pa.int32())),
+        "not the whole file of a replay buffer",
+    ),
+    "negative tokens": (
+        ".parquet",
+        lambda _, parts: parts.update(
+            tokens=pa.array([[-7] * len(row) for row in parts["tokens"].to_pylist()], pa.list_(pa.int32()))
+        ),
+        "`tokens` holds -7",
+    ),
+    "a length past all bounds": (".parquet", put(length=float("inf")), "not the whole file of a replay buffer"),
     "a row without end": (
         ".parquet",
         lambda _, parts: parts.update(tokens=pa.array([[7] * 100_000] * 6, pa.list_(pa.int32()))),
