@@ -83,6 +83,10 @@ class ForgettingMonitor(Callback):
         names = [name for name, _ in sets]
         if not sets:
             raise ValueError("`prior` names at least one held-out set, as in {'stories': loader}; got none.")
+        if "seconds" in names:
+            raise ValueError(
+                "A prior set can't be named 'seconds': `forgetting/seconds` is the time that measuring took."
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
         if not is_whole(every_n_steps, 0):

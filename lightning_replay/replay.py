@@ -39,17 +39,18 @@ class SelfGeneratedReplay(Callback):
 
     .. math:: \text{coefficient} \cdot \text{replay loss}
 
-    to what ``training_step`` returns. The step itself is not edited: replay rows travel with the language model's
-    forward, hidden from the user's code, so any loss, metric or logging in ``training_step`` is as it was.
+    to what ``training_step`` returns. The step itself is not edited, and replay rows are hidden from the user's code,
+    so any loss, metric or logging in ``training_step`` is as it was.
 
     Logged on every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
     ``replay/buffer_fill`` (share of the buffer that is filled), ``replay/age`` (optimizer steps since the rows of this
     step were sampled) and ``replay/uses`` (how often they have been drawn), ``replay/sampling_seconds``,
-    ``replay/rows_sampled`` and ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with
-    ``distinct_1`` and ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams
-    that repeat earlier ones), ``log_prob`` (nats a token under the model sampled, which is π for
-    ``source="reference"``), ``ended`` (share of samples with the end token) and ``length``; a few samples go to
-    TensorBoard and Weights & Biases as text.
+    ``replay/loss_seconds`` (forwards and losses of replay, without their backward), ``replay/rows_sampled`` and
+    ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with ``distinct_1`` and
+    ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams that repeat earlier
+    ones), ``log_prob`` (nats a token under the model sampled, which is π for ``source="reference"``), ``ended`` (share
+    of samples with the end token), ``length`` and ``degenerate`` (share of samples that are empty or one repeated
+    token); a few samples go to TensorBoard and Weights & Biases as text.
 
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
