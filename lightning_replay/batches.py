@@ -8,11 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_replay.arguments import are_ids, described
 from lightning_replay.buffer import ReplayRows
 
-__all__ = ["crop_batch", "inputs_and_targets", "join_rows", "row_count", "row_length", "rows_of", "token_count"]
+__all__ = [
+    "crop_batch",
+    "inputs_and_targets",
+    "join_rows",
+    "right_padded",
+    "row_count",
+    "row_length",
+    "rows_of",
+    "token_count",
+]
 
 PaddingSide = Literal["left", "right"]
+
+_ADVICE = "For another kind of batch, pass `to_batch` to `ReplayDataModule`."
 
 
 def row_count(batch: Any) -> int:
@@ -96,7 +108,7 @@ def join_rows(
         ignore_index: The label of padding.
 
     Raises:
-        TypeError: If the batch is of another kind.
+        TypeError: If the batch is of another kind, or its parts don't belong together.
         ValueError: If a part of the batch can't be extended.
 
     Example:
@@ -106,6 +118,7 @@ def join_rows(
         tensor([[   1,    2, -100],
                 [   7,    8,    9]])
     """
+    _check_parts(batch)
     if isinstance(batch, Mapping):
         return _join_mapping(batch, rows, padding_side, pad_token_id, ignore_index)
     if isinstance(batch, (tuple, list)):
@@ -188,14 +201,31 @@ def _tokens(batch: Any) -> Tensor:
         tokens = batch.get("input_ids")
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         tokens = batch[0]
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-        kind = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    if not are_ids(tokens) or tokens.is_meta or not tokens.shape[1]:
+        given = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else described(batch)
+        if tokens is not batch and tokens is not None:
+            given += f", its tokens {described(tokens)}"
         raise TypeError(
-            "Replay rows join a batch that is a mapping with `input_ids`, a pair (tokens, targets) or a tensor of "
-            f"tokens, each of shape (rows, length); got {kind}. For another kind of batch, pass `to_batch` to "
-            "`ReplayDataModule`."
+            "A batch is a mapping with `input_ids`, a pair (tokens, targets) or a tensor of tokens, whole numbers of "
+            f"shape (rows, length), padded to one length; got {given}. {_ADVICE}"
         )
     return tokens
+
+
+def _check_parts(batch: Any) -> None:
+    """Refuse a batch whose parts have not one value for each token, on the tokens' device."""
+    tokens = _tokens(batch)
+    parts: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        parts = {name: batch[name] for name in ("attention_mask", "labels") if batch.get(name) is not None}
+    elif isinstance(batch, (tuple, list)):
+        parts = {"targets": batch[1]}
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) or part.shape != tokens.shape or part.device != tokens.device:
+            raise TypeError(
+                f"The batch's `{name}` have one value for each of its tokens, which are {described(tokens)}; got "
+                f"{described(part)}. {_ADVICE}"
+            )
 
 
 def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -207,12 +237,16 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
     Returns:
         Tokens, attention mask (None where the batch has none) and targets, each of shape ``(rows, length)``;
-        ``targets[:, t]`` is what follows ``tokens[:, t]``, -100 where nothing is asked.
+        ``targets[:, t]`` is what follows ``tokens[:, t]``, -100 where nothing is asked, as after padding.
+
+    Raises:
+        TypeError: If the batch is of another kind, or its parts don't belong together.
 
     Example:
         >>> inputs_and_targets(torch.tensor([[1, 2, 3]]))
         (tensor([[1, 2, 3]]), None, tensor([[   2,    3, -100]]))
     """
+    _check_parts(batch)
     tokens = _tokens(batch)
     if isinstance(batch, (tuple, list)):
         return tokens, None, batch[1]
@@ -220,7 +254,28 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if labels is None:
         labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
-    return tokens, mask, F.pad(labels[:, 1:], (0, 1), value=-100)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return tokens, mask, targets if mask is None else targets.masked_fill(mask == 0, -100)
+
+
+def right_padded(batch: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of a batch, padding moved to the right, where no causal model sees it: it needs no mask.
+
+    Args:
+        batch: As for :func:`inputs_and_targets`.
+
+    Raises:
+        TypeError: If the batch is of another kind, or its parts don't belong together.
+
+    Example:
+        >>> right_padded({"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])})
+        (tensor([[5, 6, 0]]), tensor([[   6, -100, -100]]))
+    """
+    tokens, mask, targets = inputs_and_targets(batch)
+    if mask is None:
+        return tokens, targets
+    order = (mask == 0).long().argsort(dim=1, stable=True)
+    return tokens.gather(1, order), targets.gather(1, order)
 
 
 def rows_of(batch: Any) -> ReplayRows:
@@ -240,8 +295,9 @@ def rows_of(batch: Any) -> ReplayRows:
     """
     tokens, mask, targets = inputs_and_targets(batch)
     if isinstance(batch, (tuple, list)):
-        # The last target is the row's last token; one that is left out is not known.
-        tokens = torch.cat([tokens, targets[:, -1:].clamp(min=0)], 1)
+        # A row's last token is among the targets alone, also where padding follows; one that is left out is not known.
+        answers = torch.where(targets >= 0, targets, F.pad(tokens[:, 1:], (0, 1)))
+        tokens = torch.cat([tokens[:, :1], answers], 1)
     else:
         targets = targets[:, :-1]
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()

@@ -1,18 +1,20 @@
 """The replay buffer: rows of tokens in preallocated CPU memory. It knows nothing of Lightning."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_replay.arguments import are_ids, is_integer, is_whole
+from lightning_replay.buffer_state import FORMAT, ROWS, Policy, checked_state, damaged
+from lightning_replay.files import read_state, write_state
+
 __all__ = ["ReplayBuffer", "ReplayRows"]
 
-Policy = Literal["fifo", "reservoir"]
-_FORMAT = 2
-_READABLE = (1, _FORMAT)
-_ROWS = ("tokens", "lengths", "steps", "top_ids", "top_log_probs")
+_LARGEST_TOKEN = 2**31 - 1
 
 
 class ReplayRows(NamedTuple):
@@ -121,18 +123,18 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, length: int, policy: Policy = "fifo", seed: int = 0, top_k: int = 0) -> None:
-        if capacity < 1:
-            raise ValueError(f"`capacity` is the number of rows that the buffer holds, at least 1; got {capacity}.")
-        if length < 2:
-            raise ValueError(f"`length` is the number of tokens in a row, at least 2; got {length}.")
+        if not is_whole(capacity, 1):
+            raise ValueError(f"`capacity` is the number of rows that the buffer holds, at least 1; got {capacity!r}.")
+        if not is_whole(length, 2):
+            raise ValueError(f"`length` is the number of tokens in a row, at least 2; got {length!r}.")
         if policy not in get_args(Policy):
             raise ValueError(f"`policy` is one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}.")
-        if top_k < 0:
-            raise ValueError(f"`top_k` is how many log-probabilities to keep with a token, at least 0; got {top_k}.")
-        self.capacity = capacity
-        self.length = length
+        if not is_whole(top_k, 0):
+            raise ValueError(f"`top_k` is how many log-probabilities to keep with a token, at least 0; got {top_k!r}.")
+        self.capacity = int(capacity)
+        self.length = int(length)
         self.policy: Policy = policy
-        self.top_k = top_k
+        self.top_k = int(top_k)
         self._generator = torch.Generator().manual_seed(seed)
         # A token that is no target stands as its bitwise complement, so that the mask takes no memory of its own.
         self._tokens = torch.zeros(capacity, length, dtype=torch.int32)
@@ -158,12 +160,15 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes that the rows take, filled or not: 4 a token, 16 a row and 6 a cached log-probability."""
-        return sum(getattr(self, f"_{name}").nbytes for name in ("uses", *_ROWS))
+        return sum(getattr(self, f"_{name}").nbytes for name in ("uses", *ROWS))
 
     @property
     def max_token(self) -> int:
-        """The largest token id held; -1 when empty."""
-        return int(_ids(self._tokens[: len(self)]).max()) if len(self) else -1
+        """The largest token id held, cached ones included; -1 when empty."""
+        if not len(self):
+            return -1
+        cached = self._top_ids[: len(self)]
+        return max(int(_ids(self._tokens[: len(self)]).max()), int(cached.max()) if self.top_k else -1)
 
     def left(self, uses: int) -> int:
         """How many rows can be drawn until each has been ``uses`` times since rows were last added."""
@@ -179,15 +184,22 @@ class ReplayBuffer:
             step: The optimizer step at which they are added.
 
         Raises:
-            ValueError: If the shapes don't fit, an id is negative, a length is outside ``[1, length]``, or the
-                log-probabilities are not those that the buffer keeps.
+            TypeError: If ``rows`` is neither a tensor nor :class:`ReplayRows`.
+            ValueError: If the shapes don't fit, an id is negative or takes more than 31 bits, a length is outside
+                ``[1, length]``, or the log-probabilities are not those that the buffer keeps.
         """
+        if not isinstance(rows, (Tensor, ReplayRows)):
+            raise TypeError(
+                "The buffer takes a tensor of token ids, rows padded on the right with their `lengths`, or ReplayRows; "
+                f"got {type(rows).__name__}. `torch.nn.utils.rnn.pad_sequence` makes one tensor of ragged rows."
+            )
         if isinstance(rows, Tensor):
-            rows = ReplayRows(rows, torch.full(rows.shape[:1], rows.shape[-1]) if lengths is None else lengths)
-        self._check(rows)
+            every = torch.full(rows.shape[:1], rows.shape[-1] if rows.dim() else 0)
+            rows = ReplayRows(rows, every if lengths is None else lengths)
+        rows = self._checked(rows)
         arrived = len(rows.tokens)
         slots, kept = self._slots(arrived)
-        rows = rows.to(torch.device("cpu")).take(kept).widened(self.length)
+        rows = rows.take(kept).widened(self.length)
         targets = rows.mask if rows.targets is None else rows.mask & rows.targets
         tokens = rows.tokens.masked_fill(~rows.mask, 0).to(torch.int32)
         self._tokens[slots] = torch.where(targets, tokens, ~tokens)
@@ -224,8 +236,8 @@ class ReplayBuffer:
         Raises:
             ValueError: If the buffer is empty or ``rows`` is negative.
         """
-        if rows < 0:
-            raise ValueError(f"`rows` is how many rows to draw, at least 0; got {rows}.")
+        if not is_whole(rows, 0):
+            raise ValueError(f"`rows` is how many rows to draw, at least 0; got {rows!r}.")
         if rows and not len(self):
             raise ValueError("The replay buffer is empty: add rows before drawing from it.")
         drawn: list[Tensor] = []
@@ -276,7 +288,7 @@ class ReplayBuffer:
         """
         filled = len(self)
         state = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "capacity": self.capacity,
             "length": self.length,
             "policy": self.policy,
@@ -288,23 +300,19 @@ class ReplayBuffer:
             "generator": self._generator.get_state(),
         }
         if rows:
-            state |= {name: getattr(self, f"_{name}")[:filled].clone() for name in _ROWS}
+            state |= {name: getattr(self, f"_{name}")[:filled].clone() for name in ROWS}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, now or in an earlier version of its format.
 
         Raises:
             ValueError: If the state was made by a buffer of another capacity, length, policy or cache, or by a
-                later version.
+                later version, or is damaged; the buffer is then as it was.
         """
-        if state.get("format") not in _READABLE:
-            raise ValueError(
-                f"The saved replay buffer has format {state.get('format')!r}; this version of lightning-replay reads "
-                f"{' and '.join(map(str, _READABLE))}. Load it with the version that wrote it."
-            )
+        state = checked_state(state)
         ours = {"capacity": self.capacity, "length": self.length, "policy": self.policy, "top_k": self.top_k}
-        theirs = {"top_k": 0} | {key: state[key] for key in ours if key in state}
+        theirs = {key: state[key] for key in ours}
         if ours != theirs:
             raise ValueError(f"The saved replay buffer is {theirs}, this one is {ours}: make it like the saved one.")
         filled = min(state["seen"], self.capacity)
@@ -313,22 +321,73 @@ class ReplayBuffer:
                 f"The saved state is that of a buffer of {filled} rows, saved without them, and this one holds "
                 f"{len(self)}: fill it with the same rows first."
             )
-        # Format 1 knew neither targets (each token was one) nor uses, steps and cached log-probabilities.
-        for name in ("uses", *(_ROWS if "tokens" in state else ())):
+        for name in ("uses", *(ROWS if "tokens" in state else ())):
             column: Tensor = getattr(self, f"_{name}").zero_()
             if name in state:
                 column[:filled] = state[name]
         self._seen = state["seen"]
-        self._passes = state.get("passes", 0)
+        self._passes = state["passes"]
         self._deck = state["deck"].clone()
-        self._generator.set_state(state["generator"].cpu())
+        self._generator.set_state(state["generator"])
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "ReplayBuffer":
-        """A new buffer in the state that :meth:`state_dict` returned."""
-        buffer = cls(state["capacity"], state["length"], state["policy"], top_k=state.get("top_k", 0))
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "ReplayBuffer":
+        """A new buffer in the state that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state was made by a later version, is damaged, or its buffer doesn't fit into memory.
+        """
+        state = checked_state(state)
+        if "tokens" not in state:
+            raise damaged("it has no rows")
+        try:
+            buffer = cls(state["capacity"], state["length"], state["policy"], top_k=state["top_k"])
+        except (RuntimeError, MemoryError) as error:
+            raise damaged(f"there is no memory for its {state['capacity']} rows of {state['length']}") from error
         buffer.load_state_dict(state)
         return buffer
+
+    def save(self, path: str | Path) -> None:
+        """Write the buffer to a file, whole or not at all: after a save that fails, an earlier file is as it was.
+
+        Args:
+            path: A ``.safetensors`` file, the smaller and faster one to load; or a ``.parquet`` file, which other tools
+                read: a row for each row of the buffer, with ``tokens``, ``targets``, ``length``, ``uses``, ``step``
+                and, where log-probabilities are kept, ``top_ids`` and ``top_log_probs``.
+
+        Raises:
+            ValueError: If the path ends otherwise.
+            OSError: If the file can't be written.
+
+        Example:
+            >>> import tempfile
+            >>> buffer = ReplayBuffer(capacity=4, length=3)
+            >>> buffer.add(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+            >>> path = Path(tempfile.mkdtemp()) / "rows.parquet"
+            >>> buffer.save(path)
+            >>> twin = ReplayBuffer.load(path)
+            >>> bool((twin.draw(1).tokens == buffer.draw(1).tokens).all())
+            True
+        """
+        write_state(path, self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ReplayBuffer":
+        """A buffer from a file that :meth:`save` wrote; it goes on bit for bit as the saved one would have.
+
+        Args:
+            path: The ``.safetensors`` or ``.parquet`` file.
+
+        Raises:
+            ValueError: If the path ends otherwise, or the file is damaged, altered or something else. Nothing in a
+                file is unpickled or executed.
+            FileNotFoundError: If there is no such file.
+        """
+        state = read_state(path)
+        try:
+            return cls.from_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{path} can't be loaded. {error}") from error
 
     def _slots(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where each of the next ``rows`` rows goes: slots, and the indices of the rows that go there."""
@@ -349,24 +408,46 @@ class ReplayBuffer:
     def _shuffled(self, slots: Tensor) -> Tensor:
         return slots[torch.randperm(len(slots), generator=self._generator)]
 
-    def _check(self, rows: ReplayRows) -> None:
+    def _checked(self, rows: ReplayRows) -> ReplayRows:
+        """The rows, if they may be stored, on the CPU."""
+        if any(part is not None and part.is_meta for part in rows):
+            raise ValueError("The buffer takes rows that hold tokens; got a tensor on the `meta` device, without any.")
+        rows = rows.to(torch.device("cpu"))
         tokens, lengths = rows.tokens, rows.lengths
-        if tokens.dim() != 2 or tokens.is_floating_point() or not 1 <= tokens.shape[1] <= self.length:
+        if not are_ids(tokens) or not 1 <= tokens.shape[1] <= self.length:
             raise ValueError(
                 f"The buffer takes integer ids of shape (rows, up to {self.length}); "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}."
             )
+        tokens = tokens.long()
         if tokens.numel() and int(tokens.min()) < 0:
             raise ValueError(f"Token ids are at least 0; got {int(tokens.min())}.")
-        if lengths.shape != tokens.shape[:1]:
-            raise ValueError(f"`lengths` has one number for each of {len(tokens)} rows; got {tuple(lengths.shape)}.")
+        if tokens.numel() and int(tokens.max()) > _LARGEST_TOKEN:
+            raise ValueError(f"The buffer keeps token ids in 31 bits, up to {_LARGEST_TOKEN}; got {int(tokens.max())}.")
+        if lengths.shape != tokens.shape[:1] or not is_integer(lengths):
+            raise ValueError(
+                f"`lengths` has a whole number for each of {len(tokens)} rows; "
+                f"got {lengths.dtype} of shape {tuple(lengths.shape)}."
+            )
         if lengths.numel() and not (int(lengths.min()) >= 1 and int(lengths.max()) <= tokens.shape[1]):
             raise ValueError(f"Lengths of rows of {tokens.shape[1]} tokens lie in 1 to that; got {lengths.tolist()}.")
-        if rows.targets is not None and rows.targets.shape != tokens.shape:
-            raise ValueError(f"`targets` has the tokens' shape {tuple(tokens.shape)}; got {tuple(rows.targets.shape)}.")
+        if rows.targets is not None and (rows.targets.shape != tokens.shape or rows.targets.dtype != torch.bool):
+            raise ValueError(
+                f"`targets` is a boolean tensor of the tokens' shape {tuple(tokens.shape)}; "
+                f"got {rows.targets.dtype} of shape {tuple(rows.targets.shape)}."
+            )
         cached = 0 if rows.top_ids is None else rows.top_ids.shape[-1]
         if cached != self.top_k:
             raise ValueError(f"The buffer keeps {self.top_k} log-probabilities a position; the rows have {cached}.")
+        if rows.top_ids is not None:
+            positions = (len(tokens), tokens.shape[1] - 1)
+            given = None if rows.top_log_probs is None else tuple(rows.top_log_probs.shape)
+            if rows.top_ids.shape[:-1] != positions or given != (*positions, cached + 1):
+                raise ValueError(
+                    f"`top_ids` has shape {(*positions, cached)} and `top_log_probs` {(*positions, cached + 1)}; "
+                    f"got {tuple(rows.top_ids.shape)} and {given}."
+                )
+        return rows._replace(tokens=tokens)
 
 
 def _ids(stored: Tensor) -> Tensor:

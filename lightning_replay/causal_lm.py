@@ -1,7 +1,7 @@
 """A ready LightningModule around any Hugging Face causal language model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
+
+from lightning_replay.arguments import is_number, is_whole
 
 __all__ = ["CausalLM"]
 
@@ -32,9 +34,12 @@ class CausalLM(pl.LightningModule):
         weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
         warmup_steps: Optimizer steps in which the learning rate rises from zero.
         schedule: ``"cosine"`` falls to zero at the end of training, ``"constant"`` stays.
+        trust_remote_code: Whether a model's folder or hub repository may bring code of its own, which is then executed.
+            Without, such a model is refused.
 
     Raises:
-        ValueError: If a number is below 0 or ``schedule`` is unknown.
+        TypeError: If ``model`` is something else; in training, if a batch is not a mapping with ``labels``.
+        ValueError: If a number is out of its range, ``schedule`` is unknown, or the model needs code of its own.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,15 +56,18 @@ class CausalLM(pl.LightningModule):
         weight_decay: float = 0.02,
         warmup_steps: int = 0,
         schedule: Schedule = "cosine",
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-        }.items():
-            if value < 0:
-                raise ValueError(f"`{name}` is at least 0; got {value}.")
+        for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is at least 0 and finite; got {value!r}.")
+        if not is_whole(warmup_steps, 0):
+            raise ValueError(f"`warmup_steps` is a number of optimizer steps, at least 0; got {warmup_steps!r}.")
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"`betas` is two decay rates from 0 to below 1; got {betas!r}.")
+        if not isinstance(model, (str, Path, torch.nn.Module)):
+            raise TypeError(f"`model` is a name on the hub, a local folder or a model; got {type(model).__name__}.")
         if schedule not in get_args(Schedule):
             raise ValueError(f"`schedule` is one of {', '.join(map(repr, get_args(Schedule)))}; got {schedule!r}.")
         self.learning_rate = learning_rate
@@ -67,12 +75,14 @@ class CausalLM(pl.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule: Schedule = schedule
-        name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-        self.save_hyperparameters({"model": name})
+        given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+        self.save_hyperparameters({"model": given})
         self.save_hyperparameters("learning_rate", "betas", "weight_decay", "warmup_steps", "schedule")
         # In 32-bit floats, whatever the weights were saved in: lower precision is the Trainer's choice to make.
         if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         self.model: torch.nn.Module = model.train()  # `from_pretrained` leaves it in evaluation mode
 
     @override
@@ -81,13 +91,13 @@ class CausalLM(pl.LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
+        loss = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.log("val/loss", self.model(**batch).loss, prog_bar=True, sync_dist=True)
+        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -99,6 +109,16 @@ class CausalLM(pl.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         scheduler = LambdaLR(optimizer, _Schedule(self.schedule, self.warmup_steps, self._total_steps()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            given = f"a mapping with keys {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise TypeError(
+                f"CausalLM trains on mappings of what its model takes, `labels` among them; got {given}. Collate "
+                "batches as TextDataModule does, or write a LightningModule of your own."
+            )
+        loss: Tensor = self.model(**batch).loss
+        return loss
 
     def _total_steps(self) -> int:
         # The Trainer's estimate builds the dataloaders to count them, which loses their state on resume

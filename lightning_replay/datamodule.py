@@ -1,12 +1,13 @@
 """The datamodule that mixes replay rows into the new task's batches."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_replay.arguments import check_package, is_number, is_whole
 from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.processes import Processes
@@ -52,7 +54,8 @@ class ReplayDataModule(pl.LightningDataModule):
             new rows give way, at least one stays.
         prior: Real prior rows, where you have some: a :class:`ReplayBuffer`, a tensor of token rows, or a dataloader
             of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
-            at 4 bytes a token. A row is drawn again when all have been.
+            at 4 bytes a token. A row is drawn again when all have been. Of a stream, which has no length, pass a part:
+            ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
         buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
@@ -64,9 +67,10 @@ class ReplayDataModule(pl.LightningDataModule):
             (on the CPU) that returns the mixed batch.
 
     Raises:
-        TypeError: If ``data`` is neither a datamodule nor iterable.
-        ValueError: If ``replay_fraction`` is outside [0, 1) or ``prior_share`` outside (0, 1], or ``mode`` or
-            ``padding_side`` is unknown; at the start of the fit, if ``prior`` holds no row.
+        TypeError: If ``data`` is neither a datamodule nor iterable, or another argument is of a wrong type; in the
+            fit, if ``to_batch`` returns something else than a batch.
+        ValueError: If ``replay_fraction`` is outside [0, 1) or ``prior_share`` outside (0, 1], ``mode`` or
+            ``padding_side`` is unknown, or ``prior`` has no length; at the start of the fit, if ``prior`` holds no row.
 
     Example:
         >>> import torch
@@ -87,21 +91,29 @@ class ReplayDataModule(pl.LightningDataModule):
         pad_token_id: int | None = None,
         to_batch: Callable[[Any, ReplayRows], Any] | None = None,
     ) -> None:
-        if not 0 <= replay_fraction < 1:
+        if not is_number(replay_fraction) or not 0 <= replay_fraction < 1:
             raise ValueError(
                 f"`replay_fraction` is the share of replay rows in the mixed batch, from 0 to below 1; "
-                f"got {replay_fraction}."
+                f"got {replay_fraction!r}."
             )
         if mode not in get_args(Mode):
             raise ValueError(f"`mode` is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
         if padding_side not in (None, *get_args(PaddingSide)):
             raise ValueError(f"`padding_side` is 'left', 'right' or None; got {padding_side!r}.")
-        if not 0 < prior_share <= 1:
+        if not is_number(prior_share) or not 0 < prior_share <= 1:
             raise ValueError(
-                f"`prior_share` is the share of replay rows that are real, above 0 and up to 1; got {prior_share}."
+                f"`prior_share` is the share of replay rows that are real, above 0 and up to 1; got {prior_share!r}."
             )
-        if not isinstance(data, (pl.LightningDataModule, Iterable)):
+        if pad_token_id is not None and not is_whole(pad_token_id, 0):
+            raise ValueError(f"`pad_token_id` is a token id, at least 0; got {pad_token_id!r}.")
+        check_package(data, "`data`")
+        if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, str):
             raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
+        if buffer is not None and not isinstance(buffer, ReplayBuffer):
+            raise TypeError(f"`buffer` is a ReplayBuffer; got {type(buffer).__name__}. Pass your rows as `prior`.")
+        if to_batch is not None and not callable(to_batch):
+            raise TypeError(f"`to_batch` is a function of the batch and the ReplayRows; got {to_batch!r}.")
+        _check_prior(prior)
         self.wrapped = data if isinstance(data, pl.LightningDataModule) else _TrainLoader(data)
         super().__init__()
         self.replay_fraction = replay_fraction
@@ -137,8 +149,8 @@ class ReplayDataModule(pl.LightningDataModule):
         self.pad_token_id: int = own_padding or 0
 
         self._prior = prior
-        self._share = Fraction(replay_fraction).limit_denominator(1_000_000)
-        self._prior_share = Fraction(prior_share).limit_denominator(1_000_000)
+        self._share = Fraction(float(replay_fraction)).limit_denominator(1_000_000)
+        self._prior_share = Fraction(float(prior_share)).limit_denominator(1_000_000)
         self._new_rows = 0
         self._replay_rows = 0
         self._prior_rows = 0
@@ -164,6 +176,7 @@ class ReplayDataModule(pl.LightningDataModule):
 
     @trainer.setter
     def trainer(self, trainer: pl.Trainer | None) -> None:
+        check_package(trainer, "The Trainer")
         self.wrapped.trainer = trainer
 
     def __getattr__(self, name: str) -> Any:
@@ -260,7 +273,7 @@ class ReplayDataModule(pl.LightningDataModule):
         if own is None or not self.joins_batch:
             return batch
         if self.to_batch is not None:
-            return self.to_batch(batch, own)
+            return _checked_mix(self.to_batch(batch, own), batch)
         return join_rows(batch, own, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
 
     def count(self, batch: Any) -> int:
@@ -356,6 +369,32 @@ def _dealt(rows: int, room: Sequence[int]) -> list[int]:
     while len(takers) < rows:
         takers += [rank for rank, places in enumerate(room) if takers.count(rank) < places]
     return takers[:rows]
+
+
+def _check_prior(prior: Any) -> None:
+    """Refuse what isn't rows, and a loader that might never end."""
+    if prior is None or isinstance(prior, (ReplayBuffer, Tensor)):
+        return
+    if not isinstance(prior, Iterable) or isinstance(prior, (str, Mapping)):
+        raise TypeError(
+            f"`prior` is a ReplayBuffer, a tensor of token rows or a dataloader of batches; got {type(prior).__name__}."
+        )
+    if sized_len(prior) is None:
+        raise ValueError(
+            "`prior` is read to its end and kept in memory, but it has no length, so it might never end. Pass a part "
+            "of it: `prior=list(itertools.islice(prior, 100))` for 100 batches."
+        )
+
+
+def _checked_mix(mixed: Any, batch: Any) -> Any:
+    """What `to_batch` returned, if `training_step` can take it where it takes the batch of new rows."""
+    kinds: Any = next((kind for kind in (Mapping, (tuple, list), Tensor) if isinstance(batch, kind)), type(batch))
+    if not isinstance(mixed, kinds):
+        raise TypeError(
+            f"`to_batch` returned {type(mixed).__name__} for a batch that is {type(batch).__name__}; it returns a "
+            "batch of that kind, of the new rows and the replay rows together."
+        )
+    return mixed
 
 
 def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:

@@ -1,11 +1,12 @@
 """The callback that watches held-out prior data, so that forgetting is seen while it happens."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -14,7 +15,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_replay.batches import inputs_and_targets
+from lightning_replay.arguments import check_package, is_whole
+from lightning_replay.batches import right_padded
+from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.processes import check_strategy, is_sharded
@@ -51,16 +54,20 @@ class ForgettingMonitor(Callback):
         prior: Held-out sets by name: each a dataloader, or any iterable that can be read more than once, of batches as
             the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor of tokens.
         every_n_steps: Optimizer steps between measurements; 0 for fit start and end alone.
-        max_batches: How many batches of each set to read at most; all of them by default.
+        max_batches: How many batches of each set to read at most; all of them by default. A set without a length, which
+            might never end, needs it.
         kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
             :class:`~lightning_replay.SelfGeneratedReplay` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
             left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
 
     Raises:
-        ValueError: If ``prior`` is empty, two sets have one name, or a number is out of its range.
-        MisconfigurationException: Before the first step, if a prior set has no batch, another monitor of the Trainer
-            has a set of the same name, or no logits are found.
+        TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.
+        ValueError: If ``prior`` is empty, two sets have one name, a set can be read only once or has no length, or a
+            number is out of its range.
+        MisconfigurationException: Before the first step, if a prior set has no batch, one that can't be measured or one
+            that the model has no room or no tokens for, another monitor of the Trainer has a set of the same name,
+            or no logits are found.
 
     Example:
         >>> import torch
@@ -77,16 +84,24 @@ class ForgettingMonitor(Callback):
         kl: bool = True,
         language_model: str | None = None,
     ) -> None:
-        sets = list(prior.items() if isinstance(prior, Mapping) else prior)
+        sets = list(prior.items() if isinstance(prior, Mapping) else _pairs(prior))
         names = [name for name, _ in sets]
         if not sets:
             raise ValueError("`prior` names at least one held-out set, as in {'stories': loader}; got none.")
+        if "seconds" in names:
+            raise ValueError(
+                "A prior set can't be named 'seconds': `forgetting/seconds` is the time that measuring took."
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
-        if every_n_steps < 0:
-            raise ValueError(f"`every_n_steps` is the optimizer steps between measurements or 0; got {every_n_steps}.")
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches}.")
+        if not is_whole(every_n_steps, 0):
+            raise ValueError(
+                f"`every_n_steps` is the optimizer steps between measurements or 0; got {every_n_steps!r}."
+            )
+        if max_batches is not None and not is_whole(max_batches, 1):
+            raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
+        for name, loader in sets:
+            _check_set(name, loader, max_batches)
         self.prior = dict(sets)
         self.every_n_steps = every_n_steps
         self.max_batches = max_batches
@@ -110,6 +125,7 @@ class ForgettingMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_package(trainer, "The Trainer")
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
@@ -134,6 +150,13 @@ class ForgettingMonitor(Callback):
             )
         self.baseline = {}
         self._measure(trainer, pl_module)
+        with isolate_rng():
+            for name, loader in self.prior.items():
+                if next(iter(loader), None) is None:
+                    raise MisconfigurationException(
+                        f"The prior set {name!r} gave its batches once and no more, but it is measured again and "
+                        "again. Pass a loader that can be read more than once."
+                    )
 
     @override
     def on_train_batch_end(
@@ -207,19 +230,15 @@ class ForgettingMonitor(Callback):
                 break
             if index % processes != rank:
                 continue
-            tokens, attention_mask, targets = (
-                part if part is None else part.to(pl_module.device) for part in inputs_and_targets(batch)
-            )
-            assert tokens is not None
-            assert targets is not None
+            tokens, targets = (part.to(pl_module.device) for part in self._checked(name, batch, model))
             with trainer.precision_plugin.val_step_context():
                 with evaluating(model.module):
-                    logits = model.logits(tokens, attention_mask)
+                    logits = model.logits(tokens)
                 loss.update(logits, targets)
                 accuracy.update(logits, targets)
                 if reference is not None:
                     with reference.active() as before:
-                        drift.update(logits, before.logits(tokens, attention_mask), targets)
+                        drift.update(logits, before.logits(tokens), targets)
         with loss.sync_context():
             empty = not loss.count
         if empty:
@@ -237,11 +256,57 @@ class ForgettingMonitor(Callback):
         }
         return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
 
+    def _checked(self, name: str, batch: Any, model: LanguageModel) -> tuple[Tensor, Tensor]:
+        """What the model is asked on a batch and what it should answer, if it can be asked that."""
+        try:
+            tokens, targets = right_padded(batch)
+        except TypeError as error:
+            raise MisconfigurationException(f"The prior set {name!r} can't be measured. {error}") from error
+        if tokens.numel() and int(tokens.min()) < 0:
+            raise MisconfigurationException(
+                f"The prior set {name!r} holds the token id {int(tokens.min())}. Pad `input_ids` with a token and mark "
+                "the padding in `attention_mask`; -100 is for `labels`."
+            )
+        if tokens.numel():
+            check_tokens(int(torch.maximum(tokens, targets).max()), f"The prior set {name!r} holds", model)
+        if model.context is not None and tokens.shape[1] > model.context:
+            raise MisconfigurationException(
+                f"The prior set {name!r} has rows of {tokens.shape[1]} tokens, but {type(model.module).__name__} takes "
+                f"{model.context} at most. Cut the rows to that."
+            )
+        return tokens, targets
+
     def _keeper(self, trainer: pl.Trainer) -> ReferenceKeeper:
         """The replay callback's reference where that is the model at fit start, so that no second copy is kept."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         keepers = (callback.reference for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
         return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
+
+
+def _pairs(prior: Any) -> list[tuple[str, Iterable[Any]]]:
+    """Sets given as pairs of a name and a loader."""
+    pairs = list(prior) if isinstance(prior, Sequence) and not isinstance(prior, str) else [prior]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"`prior` names held-out sets, as in {{'stories': loader}} or [('stories', loader)]; got {prior!r}."
+        )
+    return pairs
+
+
+def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
+    """Refuse a prior set that can't be read again and again."""
+    if not isinstance(name, str) or not isinstance(loader, Iterable) or isinstance(loader, str):
+        raise TypeError(f"`prior` has a loader of batches under each name; got {loader!r} under {name!r}.")
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"The prior set {name!r} is a {type(loader).__name__}, which can be read only once, but it is measured "
+            "again and again. Pass a loader, or a list of its batches."
+        )
+    if max_batches is None and sized_len(loader) is None:
+        raise ValueError(
+            f"The prior set {name!r} has no length, so it might never end. Set `max_batches`, the batches to read of "
+            "each set at most."
+        )
 
 
 def _value(metric: Metric) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_replay.arguments import is_whole
 from lightning_replay.buffer import ReplayRows
 from lightning_replay.decoding import rows_at_a_time
 from lightning_replay.filters import Filter, filter_name
@@ -75,14 +76,18 @@ class RowGenerator:
         truncation(temperature, top_k, top_p, min_p)
         if isinstance(prompts, str) and prompts != "chat":
             raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
-        if prompts is not None and not (len(prompts) and all(len(prompt) for prompt in prompts)):
+        if prompts is not None and not (_is_filled(prompts) and all(map(_is_filled, prompts))):
             raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
         if loss_on not in get_args(LossOn):
             raise ValueError(f"`loss_on` is one of {', '.join(map(repr, get_args(LossOn)))}; got {loss_on!r}.")
         if loss_on == "answer" and prompts != "chat":
             raise ValueError("`loss_on='answer'` is for chat samples, which have one: set `prompts='chat'`.")
-        if sample_length is not None and sample_length < 2:
-            raise ValueError(f"`sample_length` is a number of tokens, at least 2; got {sample_length}.")
+        if sample_length is not None and not is_whole(sample_length, 2):
+            raise ValueError(f"`sample_length` is a number of tokens, at least 2; got {sample_length!r}.")
+        if not isinstance(filters, Sequence) or not all(callable(filter_) for filter_ in filters):
+            raise TypeError(f"`filters` is a list of functions of the samples; got {filters!r}.")
+        if sampler is not None and not callable(sampler):
+            raise TypeError(f"`sampler` is a function such as `lightning_replay.sample_rows`; got {sampler!r}.")
         self.prompts = prompts
         self.sample_length = sample_length
         self.stop_at_eos = stop_at_eos or prompts == "chat"
@@ -282,6 +287,7 @@ class RowGenerator:
                 )
             else:
                 samples = _as_samples(self.sampler(model, starts[part], piece, generator), starts[part], piece)
+                check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
             return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
 
         return _joined([part for part in processes.spread(number, make) if part is not None])
@@ -396,6 +402,10 @@ def stream(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
+def _is_filled(values: Any) -> bool:
+    return isinstance(values, Collection) and len(values) > 0
+
+
 def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:
     """What a sampler of the user's own returned; where that is no more than tokens, all after the prompts are drawn."""
     tokens = given.tokens if isinstance(given, Samples) else given
@@ -406,6 +416,10 @@ def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Sa
             f"({len(prompts)}, {length})."
         )
     if isinstance(given, Samples):
+        for name, shape in {"lengths": tokens.shape[:1], "drawn": tokens.shape}.items():
+            part = getattr(given, name)
+            if not isinstance(part, Tensor) or part.shape != shape:
+                raise TypeError(f"`sampler` returned Samples whose `{name}` have not the shape {tuple(shape)}.")
         return given
     starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)

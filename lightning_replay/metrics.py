@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_replay.arguments import are_ids, described
 from lightning_replay.losses import forward_kl
 
 __all__ = [
@@ -59,6 +60,7 @@ class TokenLoss(_TokenMean):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits of shape ``(rows, positions, vocabulary)``, targets of ``(rows, positions)``."""
+        _check_targets(targets, logits)
         losses = F.cross_entropy(
             logits.float().flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index, reduction="none"
         )
@@ -101,6 +103,7 @@ class TokenAccuracy(_TokenMean):
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits of shape ``(rows, positions, vocabulary)``, targets of ``(rows, positions)``."""
+        _check_targets(targets, logits)
         counted = targets != self.ignore_index
         self.total += ((logits.argmax(-1) == targets) & counted).sum()
         self.count += counted.sum()
@@ -126,6 +129,7 @@ class KLDrift(_TokenMean):
 
     def update(self, logits: Tensor, reference_logits: Tensor, targets: Tensor) -> None:
         """Add a batch: two logits of shape ``(rows, positions, vocabulary)``, targets of ``(rows, positions)``."""
+        _check_targets(targets, logits)
         counted = targets != self.ignore_index
         divergence = forward_kl(logits, reference_logits, reduction="none")
         self.total += divergence[counted].double().sum()
@@ -217,6 +221,14 @@ def intransigence(matrix: Tensor, joint: Tensor) -> float:
         0.125
     """
     return float((joint - _square(matrix).diagonal()).mean())
+
+
+def _check_targets(targets: Tensor, logits: Tensor) -> None:
+    if not are_ids(targets) or targets.shape != logits.shape[:-1] or targets.device != logits.device:
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} on {logits.device} go with targets that are token ids of shape "
+            f"{tuple(logits.shape[:-1])}; got {described(targets)}."
+        )
 
 
 def _square(matrix: Tensor, tasks: int = 1) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_replay.arguments import is_number
 from lightning_replay.batches import inputs_and_targets
 from lightning_replay.buffer import ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
@@ -215,7 +216,7 @@ def _never_called(model: LanguageModel) -> MisconfigurationException:
 
 
 def _check_coefficient(value: Any, what: str) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
 
 

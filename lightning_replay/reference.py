@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_replay.arguments import is_number
 from lightning_replay.language_model import LanguageModel, evaluating, is_adapted
 from lightning_replay.processes import is_sharded
 from lightning_replay.sharded_copy import ShardedCopy
@@ -168,8 +169,8 @@ class ReferenceKeeper:
             raise ValueError(f"`reference` is one of {', '.join(map(repr, get_args(Reference)))}; got {kind!r}.")
         if since not in get_args(ReferenceFrom):
             raise ValueError(f"`reference_from` is 'fit' or 'first'; got {since!r}.")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"`ema_decay` is the share that the average keeps, from 0 to below 1; got {ema_decay}.")
+        if not is_number(ema_decay) or not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` is the share that the average keeps, from 0 to below 1; got {ema_decay!r}.")
         self.kind: Reference = kind
         self.dtype = dtype
         self.device = device

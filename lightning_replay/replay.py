@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_replay.arguments import check_package, is_number, is_whole
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
 from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens
@@ -39,17 +40,18 @@ class SelfGeneratedReplay(Callback):
 
     .. math:: \text{coefficient} \cdot \text{replay loss}
 
-    to what ``training_step`` returns. The step itself is not edited: replay rows travel with the language model's
-    forward, hidden from the user's code, so any loss, metric or logging in ``training_step`` is as it was.
+    to what ``training_step`` returns. The step itself is not edited, and replay rows are hidden from the user's code,
+    so any loss, metric or logging in ``training_step`` is as it was.
 
     Logged on every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
     ``replay/buffer_fill`` (share of the buffer that is filled), ``replay/age`` (optimizer steps since the rows of this
     step were sampled) and ``replay/uses`` (how often they have been drawn), ``replay/sampling_seconds``,
-    ``replay/rows_sampled`` and ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with
-    ``distinct_1`` and ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams
-    that repeat earlier ones), ``log_prob`` (nats a token under the model sampled, which is π for
-    ``source="reference"``), ``ended`` (share of samples with the end token) and ``length``; a few samples go to
-    TensorBoard and Weights & Biases as text.
+    ``replay/loss_seconds`` (forwards and losses of replay, without their backward), ``replay/rows_sampled`` and
+    ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with ``distinct_1`` and
+    ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams that repeat earlier
+    ones), ``log_prob`` (nats a token under the model sampled, which is π for ``source="reference"``), ``ended`` (share
+    of samples with the end token), ``length`` and ``degenerate`` (share of samples that are empty or one repeated
+    token); a few samples go to TensorBoard and Weights & Biases as text.
 
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
@@ -183,15 +185,19 @@ class SelfGeneratedReplay(Callback):
         _check_choice("source", source, Source)
         _check_choice("divergence", divergence, Divergence)
         _check_choice("forward", forward, Forward)
-        if not divergence_temperature > 0:
-            raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature}.")
-        if refill_rows != "auto" and refill_rows < 1:
-            raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows}.")
+        if not is_number(divergence_temperature) or not divergence_temperature > 0:
+            raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature!r}.")
+        if refill_rows != "auto" and not is_whole(refill_rows, 1):
+            raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
         for name, number in {"uses_per_sample": uses_per_sample, "reference_top_k": reference_top_k}.items():
-            if number < 1:
-                raise ValueError(f"`{name}` is at least 1; got {number}.")
-        if sequence_length is not None and sequence_length < 2:
-            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length}.")
+            if not is_whole(number, 1):
+                raise ValueError(f"`{name}` is at least 1; got {number!r}.")
+        if sequence_length is not None and not is_whole(sequence_length, 2):
+            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length!r}.")
+        if not is_whole(previews, 0):
+            raise ValueError(f"`previews` is how many samples to log as text, at least 0; got {previews!r}.")
+        if seed is not None and not is_whole(seed, 0):
+            raise ValueError(f"`seed` is a whole number, at least 0, or None; got {seed!r}.")
         if reference == "cached" and (source == "live" or loss == "lwf"):
             raise ValueError(
                 "`reference='cached'` keeps what the reference says of its own samples. Rows of "
@@ -244,6 +250,7 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_package(trainer, "The Trainer")
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
@@ -430,6 +437,12 @@ class SelfGeneratedReplay(Callback):
             check_tokens(buffer.max_token, "The replay buffer holds", model)
         if data.prior is not None:
             check_tokens(data.prior.max_token, "The prior rows hold", model)
+            # The last token of a row is a target and no more.
+            if model.context is not None and data.prior.length - 1 > model.context:
+                raise MisconfigurationException(
+                    f"The prior rows have up to {data.prior.length} tokens, but {type(model.module).__name__} takes "
+                    f"{model.context} at most. Cut them to that."
+                )
             if data.prior_share == 1:
                 return  # nothing will be sampled
         self.refiller.generator.bind(model, self._find_tokenizer(pl_module, data))

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lightning_replay.arguments import is_number, is_whole
 from lightning_replay.decoding import Decoder
 from lightning_replay.language_model import LanguageModel
 
@@ -161,13 +162,13 @@ def truncation(temperature: float, top_k: int | None, top_p: float | None, min_p
     Raises:
         ValueError: If a number is out of its range.
     """
-    if not temperature > 0:
-        raise ValueError(f"`temperature` is above 0; got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` is how many tokens to draw from, at least 1; got {top_k}.")
+    if not is_number(temperature) or not temperature > 0:
+        raise ValueError(f"`temperature` is above 0; got {temperature!r}.")
+    if top_k is not None and not is_whole(top_k, 1):
+        raise ValueError(f"`top_k` is how many tokens to draw from, at least 1; got {top_k!r}.")
     for name, share in {"top_p": top_p, "min_p": min_p}.items():
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"`{name}` is a probability above 0; got {share}.")
+        if share is not None and not (is_number(share) and 0 < share <= 1):
+            raise ValueError(f"`{name}` is a probability above 0; got {share!r}.")
     truncations = LogitsProcessorList()
     if top_k is not None:
         truncations.append(TopKLogitsWarper(top_k))

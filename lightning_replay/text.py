@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoTokenizer
 from typing_extensions import override
 
+from lightning_replay.arguments import is_number, is_whole
+
 __all__ = ["TextDataModule"]
 
 _READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -37,10 +39,13 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: Worker processes of each loader.
         split: Which split of a hub dataset to read.
         seed: Seed of the division into training and validation.
+        trust_remote_code: Whether a tokenizer's folder or hub repository may bring code of its own, which is then
+            executed. Without, such a tokenizer is refused.
 
     Raises:
-        ValueError: If an argument is out of its range; at ``setup``, if the column is missing or the text is too
-            short for a row.
+        TypeError: If ``tokenizer`` is none.
+        ValueError: If an argument is out of its range, or the tokenizer needs code of its own; at ``setup``, if the
+            column is missing or holds something else than text, or the text is too short for a row.
 
     Example:
         >>> data = TextDataModule("stories.jsonl", tokenizer="gpt2", sequence_length=256)  # doctest: +SKIP
@@ -59,14 +64,29 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         split: str = "train",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if sequence_length < 2:
-            raise ValueError(f"`sequence_length` is the tokens in a row, at least 2; got {sequence_length}.")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"`validation_fraction` is from 0 to below 1; got {validation_fraction}.")
+        if not is_whole(sequence_length, 2):
+            raise ValueError(f"`sequence_length` is the tokens in a row, at least 2; got {sequence_length!r}.")
+        if not is_number(validation_fraction) or not 0 <= validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` is from 0 to below 1; got {validation_fraction!r}.")
+        if max_documents is not None and not is_whole(max_documents, 1):
+            raise ValueError(f"`max_documents` is at least 1, or None for all; got {max_documents!r}.")
+        for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if not is_whole(number, least):
+                raise ValueError(f"`{name}` is a whole number, at least {least}; got {number!r}.")
+        if document_separator == "":
+            raise ValueError("`document_separator` is a text of at least one character, or None; got ''.")
         self.data = str(data)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        if not callable(tokenizer):
+            raise TypeError(
+                "`tokenizer` is a tokenizer of transformers, a folder with one or a name on the hub; "
+                f"got {tokenizer!r}."
+            )
+        self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
@@ -152,9 +172,16 @@ class TextDataModule(pl.LightningDataModule):
 
 
 def _pack(documents: dict[str, list[str]], tokenizer: Any, columns: list[str], length: int) -> dict[str, Any]:
+    for column in columns:
+        strangers = {type(text).__name__ for text in documents[column] if not isinstance(text, str)}
+        if strangers:
+            raise ValueError(
+                f"The column {column!r} holds {', '.join(sorted(strangers))} among its texts. Set `text_column` to a "
+                "column of text, and leave out documents that have none."
+            )
     texts = ["\n".join(parts) for parts in zip(*(documents[column] for column in columns), strict=True)]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    special = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    start, end = ([] if token is None else [token] for token in special)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     stream = list(chain.from_iterable([*start, *ids, *end] for ids in encoded))
     whole = len(stream) // length * length

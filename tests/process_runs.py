@@ -229,13 +229,15 @@ def _by_chance(samples: Any) -> Tensor:
 def own_sampler(folder: Path) -> Any:
     """A sampler of the user's, which notes what it was asked for."""
     asked: list[list[list[int]]] = []
+    seeds: list[int] = []
 
     def sampler(model: LanguageModel, prompts: Any, length: int, generator: torch.Generator) -> Any:
         asked.append([list(prompt) for prompt in prompts])
+        seeds.append(generator.initial_seed())
         return sample_rows(model, prompts, length, generator)
 
     replay = SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=sampler, prompts=[[4], [5], [6], [7], [8], [9]])
-    return fit(replay, max_steps=2) | {"asked": asked}
+    return fit(replay, max_steps=2) | {"asked": asked, "seeds": seeds}
 
 
 class Breaks:

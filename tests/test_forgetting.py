@@ -167,6 +167,8 @@ def test_bad_prior_sets_are_refused_before_the_first_step(tiny_llama: Make) -> N
         ForgettingMonitor({})
     with pytest.raises(ValueError, match="Two prior sets have one name"):
         ForgettingMonitor([("a", prior()), ("a", prior())])
+    with pytest.raises(ValueError, match="can't be named 'seconds'"):
+        ForgettingMonitor({"seconds": prior()})
     with pytest.raises(ValueError, match="`every_n_steps`"):
         ForgettingMonitor({"a": prior()}, every_n_steps=-1)
     for callbacks, message in (

@@ -1,0 +1,76 @@
+"""Checks of what users pass that several modules share."""
+
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+__all__ = ["are_ids", "check_package", "described", "is_integer", "is_number", "is_whole"]
+
+
+def is_whole(value: Any, least: int, most: int | None = None) -> bool:
+    """Whether a value is a whole number in a range; True and False are none.
+
+    Example:
+        >>> is_whole(3, least=1), is_whole(3.0, least=1), is_whole(True, least=1), is_whole(0, least=1)
+        (True, False, False, False)
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= value and (most is None or value <= most)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number; True and False are none.
+
+    Example:
+        >>> is_number(0.5), is_number(2), is_number("0.5"), is_number(True)
+        (True, True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def are_ids(tokens: Any) -> TypeGuard[Tensor]:
+    """Whether something is a tensor of integers of shape ``(rows, length)``.
+
+    Example:
+        >>> are_ids(torch.tensor([[1, 2]])), are_ids(torch.tensor([[0.5, 2]])), are_ids([[1, 2]])
+        (True, False, False)
+    """
+    return isinstance(tokens, Tensor) and tokens.dim() == 2 and is_integer(tokens)
+
+
+def is_integer(values: Tensor) -> bool:
+    """Whether a tensor is of a type of whole numbers."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def described(value: Any) -> str:
+    """A value in a few words, for an error message.
+
+    Example:
+        >>> described(torch.zeros(2, 3)), described([1, 2])
+        ('torch.float32 of shape (2, 3) on cpu', 'a list')
+    """
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device.type}"
+
+
+def check_package(given: Any, what: str) -> None:
+    """Refuse an object made of the `pytorch_lightning` package, whose classes are not those of `lightning`.
+
+    Args:
+        given: The object.
+        what: What it is, as in ``"the Trainer"``.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
+    if "pytorch_lightning" in packages and "lightning" not in packages:
+        raise TypeError(
+            f"{what} ({type(given).__name__}) is made of the `pytorch_lightning` package, whose classes are not those "
+            "of `lightning`, which lightning-replay is made for. Import Trainer, modules, datamodules and callbacks "
+            "from `lightning.pytorch` (or write `import lightning as L`) instead of `pytorch_lightning`."
+        )
