@@ -164,7 +164,7 @@ def fit(
     data_options = options.pop("data", {})
     module = UserModule(model)
     trainer = quiet_trainer(callbacks=[replay, *callbacks], **{"max_steps": 4} | options)
-    trainer.fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2, **data_options), ckpt_path=checkpoint)
+    trainer.fit(module, datamodule=ReplayDataModule(mapping_loader(32), 0.2, **data_options), ckpt_path=checkpoint)
     return trainer, module
 
 
