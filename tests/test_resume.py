@@ -158,6 +158,18 @@ def test_a_run_killed_from_outside_at_any_moment_ends_as_the_uninterrupted_one(t
     assert_equal_to_the_last_bit(straight, killed)
 
 
+class SavesAt(L.Callback):
+    """Saves in mid-run; a checkpoint saved after a fit goes on from another batch, with and without replay."""
+
+    def __init__(self, step: int, *paths: Path | str) -> None:
+        self.step = step
+        self.paths = paths
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        for path in self.paths if trainer.global_step == self.step else ():
+            trainer.save_checkpoint(path)
+
+
 def fit(
     model: nn.Module, replay: SelfGeneratedReplay, checkpoint: Path | str | None = None, *callbacks: Any, **options: Any
 ) -> tuple[L.Trainer, UserModule]:
@@ -220,10 +232,8 @@ def test_a_checkpoint_with_its_reference_beside_is_smaller_by_the_model(tiny_lla
 
 
 def test_a_moved_folder_and_a_remote_one_resume(tiny_llama: Make, tmp_path: Path) -> None:
-    straight, one = fit(tiny_llama(), replay_of("beside"), max_steps=8)
-    trainer, _ = fit(tiny_llama(), replay_of("beside"))
-    trainer.save_checkpoint(tmp_path / "here" / "half.ckpt")
-    trainer.save_checkpoint("memory://bucket/run/half.ckpt")
+    saves = SavesAt(4, tmp_path / "here" / "half.ckpt", "memory://bucket/run/half.ckpt")
+    straight, one = fit(tiny_llama(), replay_of("beside"), None, saves, max_steps=8)
     shutil.move(tmp_path / "here", tmp_path / "there")
     for path in (tmp_path / "there" / "half.ckpt", "memory://bucket/run/half.ckpt"):
         resumed, other = fit(tiny_llama(seed=9), replay_of("beside"), path, max_steps=8)
@@ -273,14 +283,9 @@ def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path)
 
 
 def test_an_average_that_was_saved_before_its_step_takes_it_after_the_resume(tiny_llama: Make, tmp_path: Path) -> None:
-    class SavesFirst(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            if trainer.global_step == 8:  # an epoch's end, so that the plain loader goes on where it stopped
-                trainer.save_checkpoint(tmp_path / "half.ckpt")
-
     def run(checkpoint: Path | None) -> Tensor:
         module = UserModule(tiny_llama())
-        callbacks = [SavesFirst(), replay_of(reference="ema", ema_decay=0.5)]
+        callbacks = [SavesAt(8, tmp_path / "half.ckpt"), replay_of(reference="ema", ema_decay=0.5)]
         trainer = quiet_trainer(callbacks=callbacks, max_steps=12)
         trainer.fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2), ckpt_path=checkpoint)
         return weights(module)
@@ -356,17 +361,16 @@ def quick(model: Any, prompts: Any, length: int, generator: torch.Generator) -> 
 
 def test_states_of_earlier_versions_are_read(tiny_llama: Make, tmp_path: Path) -> None:
     """A checkpoint without the keys that came later goes on, to the last bit where they carry no state."""
-    straight, one = fit(tiny_llama(), replay_of(), None, ForgettingMonitor({"prior": mapping_loader(8)}), max_steps=8)
-    trainer, _ = fit(tiny_llama(), replay_of(), None, ForgettingMonitor({"prior": mapping_loader(8)}))
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    monitor, saves = ForgettingMonitor({"prior": mapping_loader(8)}), SavesAt(4, tmp_path / "half.ckpt")
+    straight, one = fit(tiny_llama(), replay_of(), None, monitor, saves, max_steps=8)
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
     for key in ("prior", "prior_rows", "buffer_left_out"):
         del saved["ReplayDataModule"][key]
     for key in ("followed_step", "loss_seconds", "batch_size"):
         del saved["callbacks"]["SelfGeneratedReplay"][key]
-    (monitor,) = (key for key in saved["callbacks"] if key.startswith("ForgettingMonitor"))
+    (name,) = (key for key in saved["callbacks"] if key.startswith("ForgettingMonitor"))
     for key in ("values", "seconds"):
-        del saved["callbacks"][monitor][key]
+        del saved["callbacks"][name][key]
     torch.save(saved, tmp_path / "old.ckpt")
     resumed, other = fit(
         tiny_llama(),
