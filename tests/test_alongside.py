@@ -125,6 +125,26 @@ def test_under_the_inductor_the_loss_falls_as_it_does_without(tiny_llama: Make) 
     torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-3)
 
 
+def test_a_compiled_module_is_not_compiled_anew_for_each_length_of_a_sample(tiny_llama: Make) -> None:
+    counts = []
+    for fraction in (0.0, 0.2):
+        graphs: list[Any] = []
+
+        def count(graph: Any, inputs: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        module = UserModule(torch.compile(tiny_llama(), backend=count))  # type: ignore[arg-type]
+        replay = replay_of("ntp", source="live", sample_length=24)
+        quiet_trainer(callbacks=[replay], max_steps=2).fit(
+            module, datamodule=ReplayDataModule(mapping_loader(), fraction)
+        )
+        counts.append(len(graphs))
+    # For training on new rows; then also for two tokens at once, one by one, and for replay rows; not for 23 lengths.
+    assert 0 < counts[0] < counts[1] <= counts[0] + 8
+
+
 def test_samples_are_the_same_with_gradient_checkpointing_and_the_cache_is_still_used(tiny_llama: Make) -> None:
     class Calls(L.Callback):
         """Counts the positions that the model is asked for before the first step."""
@@ -222,7 +242,9 @@ def test_validation_test_and_prediction_are_those_without_the_plugin(tiny_llama:
         callbacks = [replay_of(), monitor_of()] if plugin else []
         trainer = quiet_trainer(callbacks=callbacks, max_steps=8, **options)
         trainer.fit(module, datamodule=data)
-        figures = [{k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val", "train"))}]
+        figures: list[Any] = [
+            {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val", "train"))}
+        ]
         figures += trainer.validate(module, datamodule=data, verbose=False)
         figures += trainer.test(module, datamodule=data, verbose=False)
         predictions: Any = trainer.predict(module, datamodule=data)

@@ -130,11 +130,8 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_last_bit(runs: Path, 
 
 
 @pytest.mark.slow
-def test_the_jobs_train_and_are_killed_where_there_is_something_to_lose(runs: Path) -> None:
-    before = UserModule(nn.Identity()).state_dict()
+def test_each_of_those_runs_takes_steps_of_its_own(runs: Path) -> None:
     for name in JOBS:
-        result = torch.load(runs / name / "straight" / "result.pt", weights_only=True)
-        assert result["weights"].keys() != before.keys()
         losses = {value for _, key, value in logged(runs / name / "straight") if key == "train/loss"}
         assert len(losses) == JOBS[name].get("steps", STEPS), name
 
