@@ -125,7 +125,7 @@ def test_under_the_inductor_the_loss_falls_as_it_does_without(tiny_llama: Make) 
     torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-3)
 
 
-def test_a_compiled_module_is_not_compiled_anew_for_each_length_of_a_sample(tiny_llama: Make) -> None:
+def test_sampling_does_not_compile_a_compiled_module_anew(tiny_llama: Make) -> None:
     counts = []
     for fraction in (0.0, 0.2):
         graphs: list[Any] = []
@@ -135,14 +135,14 @@ def test_a_compiled_module_is_not_compiled_anew_for_each_length_of_a_sample(tiny
             return graph.forward
 
         torch._dynamo.reset()
-        module = UserModule(torch.compile(tiny_llama(), backend=count))  # type: ignore[arg-type]
+        module = UserModule(torch.compile(tiny_llama(), backend=count, dynamic=False))  # type: ignore[arg-type]
         replay = replay_of("ntp", source="live", sample_length=24)
         quiet_trainer(callbacks=[replay], max_steps=2).fit(
             module, datamodule=ReplayDataModule(mapping_loader(), fraction)
         )
         counts.append(len(graphs))
-    # For training on new rows; then also for two tokens at once, one by one, and for replay rows; not for 23 lengths.
-    assert 0 < counts[0] < counts[1] <= counts[0] + 8
+    # For new rows; then also for two tokens at once and one by one, to see what the model is, and for replay rows.
+    assert 1 == counts[0] < counts[1] <= 6
 
 
 def test_samples_are_the_same_with_gradient_checkpointing_and_the_cache_is_still_used(tiny_llama: Make) -> None:
