@@ -160,6 +160,7 @@ class ReplayBuffer:
     @property
     def max_token(self) -> int:
         """The largest token id held; -1 when empty."""
+        self._take_back()
         return int(_ids(self._tokens[: len(self)]).max()) if len(self) else -1
 
     def left(self, uses: int) -> int:
@@ -258,6 +259,7 @@ class ReplayBuffer:
         Args:
             cache: Returns the rows it is given with ``top_ids`` and ``top_log_probs``.
         """
+        self._take_back()
         filled = len(self)
         stored = self._tokens[:filled]
         rows = cache(ReplayRows(_ids(stored).long(), self._lengths[:filled].long(), stored >= 0))

@@ -175,7 +175,7 @@ class Refiller:
 
     def _next(self, supply: Supply, rows: int, buffer: ReplayBuffer) -> _Made:
         """The next refill, which may have been made ahead; what is waited for counts as time spent."""
-        if self._ahead is None and self.background and self.generator.refills:
+        if self._ahead is None and self.background and len(buffer):
             # After a resume or a failure: made as it would have been ahead, on one thread, to the last bit.
             self._ahead = self._begin_ahead(supply, rows, buffer)
         if self._ahead is not None:
