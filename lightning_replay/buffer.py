@@ -147,6 +147,8 @@ class ReplayBuffer:
         self._passes = 0
         # Slots that the pass under way has not drawn yet, in the (random) order in which it will, from the end.
         self._deck = torch.empty(0, dtype=torch.int64)
+        # Rows that an addition under way writes over; None outside of one.
+        self._overwritten: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         """The number of rows held."""
@@ -165,6 +167,7 @@ class ReplayBuffer:
     @property
     def max_token(self) -> int:
         """The largest token id held, cached ones included; -1 when empty."""
+        self._take_back()
         if not len(self):
             return -1
         cached = self._top_ids[: len(self)]
@@ -175,7 +178,7 @@ class ReplayBuffer:
         return max(0, len(self._deck) + (uses - 1 - self._passes) * len(self))
 
     def add(self, rows: Tensor | ReplayRows, lengths: Tensor | None = None, step: int = 0) -> None:
-        """Store rows, in order.
+        """Store rows, in order: all of them or, where an exception such as Ctrl-C comes in between, none.
 
         Args:
             rows: Token ids, shape ``(rows, length)``, any integer type; or :class:`ReplayRows`, with targets and
@@ -197,11 +200,15 @@ class ReplayBuffer:
             every = torch.full(rows.shape[:1], rows.shape[-1] if rows.dim() else 0)
             rows = ReplayRows(rows, every if lengths is None else lengths)
         rows = self._checked(rows)
+        self._take_back()
         arrived = len(rows.tokens)
-        slots, kept = self._slots(arrived)
+        generator = torch.Generator()
+        generator.set_state(self._generator.get_state())
+        slots, kept = self._slots(arrived, generator)
         rows = rows.take(kept).widened(self.length)
         targets = rows.mask if rows.targets is None else rows.mask & rows.targets
         tokens = rows.tokens.masked_fill(~rows.mask, 0).to(torch.int32)
+        self._overwritten = slots, {name: getattr(self, f"_{name}")[slots] for name in ("uses", *ROWS)}
         self._tokens[slots] = torch.where(targets, tokens, ~tokens)
         self._lengths[slots] = rows.lengths.to(torch.int32)
         self._uses[slots] = 0
@@ -209,16 +216,16 @@ class ReplayBuffer:
         if rows.top_ids is not None and rows.top_log_probs is not None:
             self._top_ids[slots] = rows.top_ids.to(torch.int32)
             self._top_log_probs[slots] = rows.top_log_probs.to(torch.float16)
-        self._seen += arrived
         waiting = torch.zeros(self.capacity, dtype=torch.bool)
         waiting[self._deck] = True
         waiting[slots] = True
-        self._deck = self._shuffled(waiting.nonzero().squeeze(1))
-        self._passes = 0
+        deck = _shuffled(waiting.nonzero().squeeze(1), generator)
+        # In one call, which no signal interrupts.
+        vars(self).update(_seen=self._seen + arrived, _deck=deck, _passes=0, _generator=generator, _overwritten=None)
 
     def renew(self) -> None:
         """Let every row be drawn as often again as if all had just been added."""
-        self._deck = self._shuffled(torch.arange(len(self)))
+        self._deck = _shuffled(torch.arange(len(self)), self._generator)
         self._passes = 0
 
     def draw(self, rows: int) -> ReplayRows:
@@ -240,11 +247,12 @@ class ReplayBuffer:
             raise ValueError(f"`rows` is how many rows to draw, at least 0; got {rows!r}.")
         if rows and not len(self):
             raise ValueError("The replay buffer is empty: add rows before drawing from it.")
+        self._take_back()
         drawn: list[Tensor] = []
         missing = rows
         while missing:
             if not len(self._deck):
-                self._deck = self._shuffled(torch.arange(len(self)))
+                self._deck = _shuffled(torch.arange(len(self)), self._generator)
                 self._passes += 1
             drawn.append(self._deck[-missing:])
             self._deck = self._deck[:-missing]
@@ -268,6 +276,7 @@ class ReplayBuffer:
         Args:
             cache: Returns the rows it is given with ``top_ids`` and ``top_log_probs``.
         """
+        self._take_back()
         filled = len(self)
         stored = self._tokens[:filled]
         rows = cache(ReplayRows(_ids(stored).long(), self._lengths[:filled].long(), stored >= 0))
@@ -287,7 +296,7 @@ class ReplayBuffer:
             rows: Whether the rows are included. Without them, the state fits a buffer that holds the same rows.
         """
         filled = len(self)
-        state = {
+        state: dict[str, Any] = {
             "format": FORMAT,
             "capacity": self.capacity,
             "length": self.length,
@@ -301,6 +310,11 @@ class ReplayBuffer:
         }
         if rows:
             state |= {name: getattr(self, f"_{name}")[:filled].clone() for name in ROWS}
+        if self._overwritten is not None:  # as before; a signal's handler may be saving while rows are added
+            slots, before = self._overwritten
+            held = slots < filled
+            for name in before.keys() & state.keys():
+                state[name][slots[held]] = before[name][held]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,6 +335,7 @@ class ReplayBuffer:
                 f"The saved state is that of a buffer of {filled} rows, saved without them, and this one holds "
                 f"{len(self)}: fill it with the same rows first."
             )
+        self._overwritten = None
         for name in ("uses", *(ROWS if "tokens" in state else ())):
             column: Tensor = getattr(self, f"_{name}").zero_()
             if name in state:
@@ -389,14 +404,22 @@ class ReplayBuffer:
         except ValueError as error:
             raise ValueError(f"{path} can't be loaded. {error}") from error
 
-    def _slots(self, rows: int) -> tuple[Tensor, Tensor]:
+    def _take_back(self) -> None:
+        """Undo what an interrupted addition has written."""
+        if self._overwritten is not None:
+            slots, before = self._overwritten
+            for name, column in before.items():
+                getattr(self, f"_{name}")[slots] = column
+            self._overwritten = None
+
+    def _slots(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Where each of the next ``rows`` rows goes: slots, and the indices of the rows that go there."""
         arrivals = self._seen + torch.arange(rows)
         if self.policy == "fifo":
             slots = arrivals % self.capacity
         else:
             # Algorithm R: arrival t (from 0) goes to a uniform slot of t + 1; past the capacity, it is dropped.
-            lottery = (torch.rand(rows, generator=self._generator, dtype=torch.float64) * (arrivals + 1)).long()
+            lottery = (torch.rand(rows, generator=generator, dtype=torch.float64) * (arrivals + 1)).long()
             slots = torch.where(arrivals < self.capacity, arrivals, lottery)
         # Of several rows that go to one slot, the last one stays.
         last = torch.full((self.capacity,), -1)
@@ -404,9 +427,6 @@ class ReplayBuffer:
         last.scatter_reduce_(0, slots[inside], torch.arange(rows)[inside], "amax")
         taken = (last >= 0).nonzero().squeeze(1)
         return taken, last[taken]
-
-    def _shuffled(self, slots: Tensor) -> Tensor:
-        return slots[torch.randperm(len(slots), generator=self._generator)]
 
     def _checked(self, rows: ReplayRows) -> ReplayRows:
         """The rows, if they may be stored, on the CPU."""
@@ -448,6 +468,10 @@ class ReplayBuffer:
                     f"got {tuple(rows.top_ids.shape)} and {given}."
                 )
         return rows._replace(tokens=tokens)
+
+
+def _shuffled(slots: Tensor, generator: torch.Generator) -> Tensor:
+    return slots[torch.randperm(len(slots), generator=generator)]
 
 
 def _ids(stored: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -63,6 +64,8 @@ class ReplayDataModule(pl.LightningDataModule):
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
             does, else on the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
+        save_buffer: Whether checkpoints hold the buffer's rows, at 4 bytes a token and what is cached of them. Without
+            them, a resumed run samples anew, so it goes on well, but not bit for bit as if it had not stopped.
         to_batch: For batches of other kinds: a function of the batch of new rows and the :class:`ReplayRows`
             (on the CPU) that returns the mixed batch.
 
@@ -90,6 +93,7 @@ class ReplayDataModule(pl.LightningDataModule):
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
         to_batch: Callable[[Any, ReplayRows], Any] | None = None,
+        save_buffer: bool = True,
     ) -> None:
         if not is_number(replay_fraction) or not 0 <= replay_fraction < 1:
             raise ValueError(
@@ -121,6 +125,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.buffer = buffer
         self.prior_share = prior_share
         self.to_batch = to_batch
+        self.save_buffer = save_buffer
         self.refill: Callable[[Any], None] | None = None
         """Called with the batch of new rows when every row of the buffer has been used and more are needed."""
         self.uses_per_sample: int | None = 1
@@ -226,7 +231,8 @@ class ReplayDataModule(pl.LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
-            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "buffer": self.buffer.state_dict() if self.buffer is not None and self.save_buffer else None,
+            "buffer_left_out": self.buffer is not None and not self.save_buffer,
             "new_rows": self._new_rows,
             "replay_rows": self._replay_rows,
             "prior_rows": self._prior_rows,
@@ -237,6 +243,11 @@ class ReplayDataModule(pl.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("buffer_left_out"):
+            rank_zero_warn(
+                "The checkpoint was saved with `ReplayDataModule(save_buffer=False)`, so replay rows are sampled anew, "
+                "or are those that your own buffer holds: the run does not go on bit for bit as if it had not stopped."
+            )
         if state_dict["buffer"] is not None:
             if self.buffer is None:
                 self.buffer = ReplayBuffer.from_state_dict(state_dict["buffer"])
@@ -244,8 +255,9 @@ class ReplayDataModule(pl.LightningDataModule):
                 self.buffer.load_state_dict(state_dict["buffer"])
         self._new_rows = state_dict["new_rows"]
         self._replay_rows = state_dict["replay_rows"]
-        self._prior_rows = state_dict["prior_rows"]
-        prior = state_dict["prior"]
+        # Real prior rows came later than the other two.
+        self._prior_rows = state_dict.get("prior_rows", 0)
+        prior = state_dict.get("prior")
         if prior is not None and "tokens" in prior:
             self.prior = ReplayBuffer.from_state_dict(prior)
         elif prior is not None and self.prior is not None:

@@ -35,7 +35,8 @@ class Decoder:
     """
 
     def __init__(self, model: LanguageModel, length: int, compiled: bool = False) -> None:
-        self._model = model
+        # Of a compiled module the original: rows that grow would have it compiled anew on the way.
+        self._model = model = model.on(getattr(model.module, "_orig_mod", model.module))
         self._length = length
         self._argument = state_argument(model.module) if model.has_cache else None
         self._state: Any = None

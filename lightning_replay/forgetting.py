@@ -21,7 +21,7 @@ from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.processes import check_strategy, is_sharded
-from lightning_replay.reference import ReferenceKeeper
+from lightning_replay.reference import ReferenceCheckpoint, ReferenceKeeper
 from lightning_replay.replay import SelfGeneratedReplay
 
 __all__ = ["ForgettingMonitor"]
@@ -60,6 +60,7 @@ class ForgettingMonitor(Callback):
             :class:`~lightning_replay.SelfGeneratedReplay` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
             left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
+        reference_checkpoint: Where a copy of its own is saved, as for :class:`~lightning_replay.SelfGeneratedReplay`.
 
     Raises:
         TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.
@@ -83,6 +84,7 @@ class ForgettingMonitor(Callback):
         max_batches: int | None = None,
         kl: bool = True,
         language_model: str | None = None,
+        reference_checkpoint: ReferenceCheckpoint = "inside",
     ) -> None:
         sets = list(prior.items() if isinstance(prior, Mapping) else _pairs(prior))
         names = [name for name, _ in sets]
@@ -113,9 +115,10 @@ class ForgettingMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self._own_reference = ReferenceKeeper()
+        self._own_reference = ReferenceKeeper(checkpoint=reference_checkpoint, owner=",".join(sorted(names)))
         self._resumed = False
         self._measured_at = -1
+        self._values: dict[str, float] = {}
         self._model: LanguageModel | None = None
 
     @property
@@ -129,7 +132,7 @@ class ForgettingMonitor(Callback):
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
-        self._own_reference.begin_fit()
+        self._own_reference.begin_fit(trainer)
         check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
@@ -143,6 +146,8 @@ class ForgettingMonitor(Callback):
         self._model = find_language_model(pl_module, self.language_model)
         if self._resumed:
             self._resumed = False
+            # Other callbacks may ask for what was measured last before it is measured again.
+            _publish(trainer, self._values)
             return
         if trainer.ckpt_path is not None:
             rank_zero_warn(
@@ -182,7 +187,8 @@ class ForgettingMonitor(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._own_reference.load(checkpoint)
+        if self._keeper(trainer) is self._own_reference:
+            self._own_reference.load(trainer, checkpoint)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -194,12 +200,19 @@ class ForgettingMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"baseline": self.baseline, "measured_at": self._measured_at}
+        return {
+            "baseline": self.baseline,
+            "measured_at": self._measured_at,
+            "values": self._values,
+            "seconds": self.seconds,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.baseline = dict(state_dict["baseline"])
         self._measured_at = state_dict["measured_at"]
+        self._values = dict(state_dict.get("values", {}))
+        self.seconds = state_dict.get("seconds", 0.0)
         self._resumed = True
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,7 +229,8 @@ class ForgettingMonitor(Callback):
         self._measured_at = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        self._values = values
+        _publish(trainer, values)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
         model = self._model
@@ -307,6 +321,11 @@ def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
             f"The prior set {name!r} has no length, so it might never end. Set `max_batches`, the batches to read of "
             "each set at most."
         )
+
+
+def _publish(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Let callbacks such as ``EarlyStopping`` monitor the values."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
 
 def _value(metric: Metric) -> float:

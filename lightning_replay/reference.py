@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_replay.arguments import is_number
 from lightning_replay.language_model import LanguageModel, evaluating, is_adapted
 from lightning_replay.processes import is_sharded
+from lightning_replay.reference_file import SavesReferenceBeside, read_reference
 from lightning_replay.sharded_copy import ShardedCopy
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
 
 Reference = Literal["auto", "copy", "adapter", "cached", "ema"]
 ReferenceFrom = Literal["fit", "first"]
+ReferenceCheckpoint = Literal["inside", "beside"]
 
 _CHECKPOINT_KEY = "lightning_replay_reference"
 
@@ -152,6 +154,9 @@ class ReferenceKeeper:
         device: Of a copy.
         since: ``"fit"`` takes π again in each fit, ``"first"`` keeps the first fit's.
         ema_decay: Decay of ``"ema"``.
+        checkpoint: Where a copy is saved: ``"inside"`` each checkpoint, which is then whole by itself wherever it is
+            moved or uploaded, or once ``"beside"`` them. An average changes, so it is always inside.
+        owner: Whose reference this is, where a checkpoint may hold several.
 
     Raises:
         ValueError: If an argument is not one of those named, or ``ema_decay`` is outside [0, 1).
@@ -164,6 +169,8 @@ class ReferenceKeeper:
         device: torch.device | str | None = None,
         since: ReferenceFrom = "fit",
         ema_decay: float = 0.999,
+        checkpoint: ReferenceCheckpoint = "inside",
+        owner: str = "",
     ) -> None:
         if kind not in get_args(Reference):
             raise ValueError(f"`reference` is one of {', '.join(map(repr, get_args(Reference)))}; got {kind!r}.")
@@ -171,11 +178,15 @@ class ReferenceKeeper:
             raise ValueError(f"`reference_from` is 'fit' or 'first'; got {since!r}.")
         if not is_number(ema_decay) or not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` is the share that the average keeps, from 0 to below 1; got {ema_decay!r}.")
+        if checkpoint not in get_args(ReferenceCheckpoint):
+            raise ValueError(f"`reference_checkpoint` is 'inside' or 'beside'; got {checkpoint!r}.")
         self.kind: Reference = kind
         self.dtype = dtype
         self.device = device
         self.since: ReferenceFrom = since
         self.ema_decay = ema_decay
+        self.checkpoint: ReferenceCheckpoint = checkpoint
+        self._key = f"{_CHECKPOINT_KEY}/{owner}" if owner else _CHECKPOINT_KEY
         self._reference: FrozenCopy | ShardedCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None
         self._restored_idle_adapter = False
@@ -185,8 +196,10 @@ class ReferenceKeeper:
         """Whether what is kept here is the model as it was when the fit began, on every input."""
         return self.kind in ("auto", "copy", "adapter") and self.since == "fit" and self.dtype is None
 
-    def begin_fit(self) -> None:
+    def begin_fit(self, trainer: pl.Trainer) -> None:
         """Forget the last fit's reference, unless the first one's is to be kept."""
+        if self.checkpoint == "beside" and self.kind != "ema":
+            self._save_beside(trainer)
         if self.since == "fit":
             self._reference = None
         self._restored = None
@@ -228,16 +241,36 @@ class ReferenceKeeper:
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
         if isinstance(self._reference, (FrozenCopy, ShardedCopy)):
-            checkpoint[_CHECKPOINT_KEY] = self._reference.state_dict()
+            checkpoint[self._key] = self._reference.state_dict()
         elif isinstance(self._reference, DisabledAdapter):
-            checkpoint[_CHECKPOINT_KEY] = None
+            checkpoint[self._key] = None
 
-    def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the reference from a checkpoint, if it holds one."""
-        if _CHECKPOINT_KEY in checkpoint:
-            self._reference = None
-            self._restored = checkpoint[_CHECKPOINT_KEY]
-            self._restored_idle_adapter = self._restored is None
+    def load(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
+        """Take the reference from a checkpoint, if it holds or names one.
+
+        Raises:
+            MisconfigurationException: If the file that it names is missing, or another one than was saved.
+        """
+        # Before references had owners, all of a run were saved under one key.
+        key = self._key if self._key in checkpoint else _CHECKPOINT_KEY
+        if key not in checkpoint:
+            return
+        saved = checkpoint[key]
+        self._reference = None
+        self._restored_idle_adapter = saved is None
+        # A name is text, and a weight never is.
+        named = saved is not None and isinstance(saved.get("file"), str)
+        self._restored = read_reference(saved, trainer.ckpt_path) if named else saved
+
+    def _save_beside(self, trainer: pl.Trainer) -> None:
+        """See to it that this Trainer's checkpoints leave the reference beside them, for as long as it lives."""
+        outermost = io = trainer.strategy.checkpoint_io
+        while isinstance(io, SavesReferenceBeside):
+            if io.key == self._key:
+                io.forget()
+                return
+            io = io.wrapped
+        trainer.strategy.checkpoint_io = SavesReferenceBeside(outermost, self._key)
 
     def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy | ShardedCopy:
         if trainer.ckpt_path is not None and self._restored is None:

@@ -167,8 +167,9 @@ class Refiller:
             self._keep_old_rows(buffer, trainer.global_step, error)
             return
         self._failures = 0
-        buffer.add(made.rows, step=trainer.global_step)
+        # Interrupted between the two, a run that goes on skips this refill's samples; it never draws them twice.
         self.generator = made.generator
+        buffer.add(made.rows, step=trainer.global_step)
         if self.background:
             self._ahead = self._begin_ahead(supply, rows, buffer)
         if first:
@@ -181,6 +182,9 @@ class Refiller:
 
     def _next(self, supply: Supply, rows: int, buffer: ReplayBuffer) -> _Made:
         """The next refill, which may have been made ahead; what is waited for counts as time spent."""
+        if self._ahead is None and self.background and len(buffer):
+            # After a resume or a failure: made as it would have been ahead, on one thread, to the last bit.
+            self._ahead = self._begin_ahead(supply, rows, buffer)
         if self._ahead is not None:
             started, ahead = time.perf_counter(), self._ahead
             self._ahead = None
@@ -234,6 +238,9 @@ class Refiller:
         self._failures += 1
         hopeless = isinstance(error, (MemoryError, MisconfigurationException, LostProcessError))
         if hopeless or not len(buffer) or self._failures == _FAILURES:
+            rank_zero_warn(
+                f"Replay: the refill at step {step} failed (failures in a row: {self._failures}), and the run ends."
+            )
             raise error
         buffer.renew()
         rank_zero_warn(

@@ -22,7 +22,14 @@ from lightning_replay.losses import Divergence
 from lightning_replay.objective import Forward, ReplayObjective
 from lightning_replay.processes import check_strategy
 from lightning_replay.prompts import PromptsLike
-from lightning_replay.reference import LiveModel, Reference, ReferenceFrom, ReferenceKeeper, ReferenceModel
+from lightning_replay.reference import (
+    LiveModel,
+    Reference,
+    ReferenceCheckpoint,
+    ReferenceFrom,
+    ReferenceKeeper,
+    ReferenceModel,
+)
 from lightning_replay.refill import Refiller, Supply
 from lightning_replay.sampling import Sampler
 
@@ -88,6 +95,11 @@ class SelfGeneratedReplay(Callback):
         reference_device: Where a copy is kept; by default where the model is.
         reference_from: ``"fit"``: each ``trainer.fit`` takes π again, as the paper does for each task of a sequence.
             ``"first"``: keep that of the first fit.
+        reference_checkpoint: Where a copy is saved. ``"inside"``: in each checkpoint, which is larger by the model's
+            weights and whole by itself: it can be moved, uploaded and saved to any path, as checkpoints are.
+            ``"beside"``: once in each folder of checkpoints, as ``reference-<hash>.safetensors``, which the checkpoints
+            name; move the folder as a whole. A missing or altered file is refused. An average is always inside;
+            adapters and cached log-probabilities need no copy.
         reference_top_k: Log-probabilities kept for each position with ``"cached"``, at 6 bytes each.
         ema_decay: Share of the average that each optimizer step keeps, with ``"ema"``.
         prompts: What samples begin with. By default the beginning-of-sequence token, else the end-of-text token. A
@@ -157,6 +169,7 @@ class SelfGeneratedReplay(Callback):
         reference_dtype: str | torch.dtype | None = None,
         reference_device: str | torch.device | None = None,
         reference_from: ReferenceFrom = "fit",
+        reference_checkpoint: ReferenceCheckpoint = "inside",
         reference_top_k: int = 64,
         ema_decay: float = 0.999,
         prompts: PromptsLike | None = None,
@@ -213,7 +226,7 @@ class SelfGeneratedReplay(Callback):
         self.seed = seed
 
         self.reference = ReferenceKeeper(
-            reference, _dtype(reference_dtype), reference_device, reference_from, ema_decay
+            reference, _dtype(reference_dtype), reference_device, reference_from, ema_decay, reference_checkpoint
         )
         self.objective = ReplayObjective(
             loss, coefficient, divergence, divergence_temperature, self.reference, forward, ignore_index
@@ -244,7 +257,8 @@ class SelfGeneratedReplay(Callback):
 
         self._model: LanguageModel | None = None
         self._data: ReplayDataModule | None = None
-        self._followed_step = 0
+        self._followed_step: int | None = None
+        self._checkpoint_loaded = False
         self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], None]] = []
 
@@ -254,7 +268,8 @@ class SelfGeneratedReplay(Callback):
         if stage != "fit":
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
-        self.reference.begin_fit()
+        self.reference.begin_fit(trainer)
+        self._followed_step, self._checkpoint_loaded = None, False
         self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
         if self._data is None or self._data.replay_fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
@@ -267,12 +282,22 @@ class SelfGeneratedReplay(Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        restored = not trainer.strategy.restore_checkpoint_after_setup
+        if trainer.ckpt_path is not None and restored and not self._checkpoint_loaded:
+            raise MisconfigurationException(
+                f"The run can't go on from {trainer.ckpt_path}, which was saved with `save_weights_only=True`: it has "
+                "the weights, but neither the state of the optimizers nor that of the callbacks, so both the model "
+                "before finetuning and how far sampling has come are missing. Resume from a full checkpoint, or load "
+                "the weights into the module and fit without `ckpt_path`: the reference is then the model as loaded."
+            )
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = self._data
         if self.loss != "lwf" and (data is None or not data.replay_fraction):
             return
         self._model = model = find_language_model(pl_module, self.language_model)
-        self._followed_step = trainer.global_step
         self._began, self._rows_before = self._seconds_so_far(), self.refiller.generator.rows
         if data is None:
             self.reference.get(trainer, model)
@@ -306,6 +331,7 @@ class SelfGeneratedReplay(Callback):
         self._undo += [functools.partial(_disconnect, data), self.refiller.end]
         if self.loss != "mixed":
             self._undo.append(self.objective.wrap(trainer, pl_module, model, data))
+        self._follow(trainer, model)
 
     @override
     def on_train_batch_end(
@@ -313,9 +339,7 @@ class SelfGeneratedReplay(Callback):
     ) -> None:
         if self._model is None:
             return
-        if trainer.global_step != self._followed_step:  # several batches may end at one step
-            self._followed_step = trainer.global_step
-            self.reference.follow(self._model)
+        self._follow(trainer, self._model)
         values: dict[str, Any] = {}
         if self.objective.last_loss is not None:
             values |= {
@@ -362,7 +386,8 @@ class SelfGeneratedReplay(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.reference.load(checkpoint)
+        self._checkpoint_loaded = True
+        self.reference.load(trainer, checkpoint)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -374,11 +399,17 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "loss_seconds": self.objective.seconds, **self.refiller.generator.state_dict()}
+        return {
+            "seed": self.seed,
+            "followed_step": self._followed_step,
+            "loss_seconds": self.objective.seconds,
+            **self.refiller.generator.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
+        self._followed_step = state_dict.get("followed_step")
         self.objective.seconds = state_dict.get("loss_seconds", 0.0)
         self.refiller.generator.load_state_dict(state_dict)
 
@@ -453,6 +484,15 @@ class SelfGeneratedReplay(Callback):
     def _find_tokenizer(self, pl_module: pl.LightningModule, data: ReplayDataModule) -> Any:
         holders = (self, data, pl_module)
         return next((held for holder in holders if (held := getattr(holder, "tokenizer", None)) is not None), None)
+
+    def _follow(self, trainer: pl.Trainer, model: LanguageModel) -> None:
+        """Let an average take its step, once for each optimizer step, at which several batches may end.
+
+        A checkpoint may have been saved between the optimizer's step and the average's, by a callback before this one.
+        """
+        if self._followed_step is not None and self._followed_step != trainer.global_step:
+            self.reference.follow(model)
+        self._followed_step = trainer.global_step
 
     def _release(self) -> None:
         """Leave the module and the datamodule as they were found."""

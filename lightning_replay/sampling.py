@@ -110,7 +110,7 @@ def sample_rows(
     given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
     uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
     given, uniforms = given[part], uniforms[part]
-    batch_size, done, parts = batch_size or len(given), 0, []
+    batch_size, done, parts = min(batch_size or len(given), len(given)), 0, []
     while done < len(given):
         some = slice(done, done + batch_size)
         try:
@@ -118,8 +118,8 @@ def sample_rows(
             parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, stop, reply, progress))
             done += batch_size
             continue
-        except RuntimeError as error:
-            if not is_oom_error(error):
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not is_oom_error(error):
                 raise
             if batch_size == 1:
                 raise MemoryError(
