@@ -35,8 +35,7 @@ class Decoder:
     """
 
     def __init__(self, model: LanguageModel, length: int, compiled: bool = False) -> None:
-        # Of a compiled module the original: rows that grow would have it compiled anew on the way.
-        self._model = model = model.on(getattr(model.module, "_orig_mod", model.module))
+        self._model = model = model.uncompiled  # rows that grow would have it compiled anew on the way
         self._length = length
         self._argument = state_argument(model.module) if model.has_cache else None
         self._state: Any = None
@@ -76,7 +75,7 @@ def rows_at_a_time(model: LanguageModel, length: int) -> int:
     bytes_of_row = 16 * model.vocabulary  # logits and what is drawn from them
     if model.has_cache:
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        state = getattr(model.module(tokens, use_cache=True), str(state_argument(model.module)))
+        state = getattr(model.uncompiled.module(tokens, use_cache=True), str(state_argument(model.module)))
         layers = state.layers if isinstance(state, DynamicCache) else ()
         kept = [part for layer in layers if type(layer) is DynamicLayer for part in (layer.keys, layer.values)]
         bytes_of_row += sum(part.nbytes for part in kept) // 2 * length

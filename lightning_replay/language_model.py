@@ -48,6 +48,11 @@ class LanguageModel:
         """The same description of another module with the same call, such as a copy."""
         return LanguageModel(module, self.vocabulary, self.context, self.has_cache)
 
+    @property
+    def uncompiled(self) -> "LanguageModel":
+        """The same model as it was before `torch.compile`, for calls of shapes that should not be compiled for."""
+        return self.on(getattr(self.module, "_orig_mod", self.module))
+
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits of every position.
 
@@ -178,7 +183,7 @@ def is_adapted(module: nn.Module) -> bool:
 def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:
     config = getattr(module, "config", None)
     context = next((int(v) for n in _CONTEXT_NAMES if (v := getattr(config, n, None)) is not None), None)
-    bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False)
+    bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False).uncompiled
     with evaluating(module):
         try:
             vocabulary = bare.logits(torch.zeros(1, 2, dtype=torch.int64, device=device)).shape[2]
@@ -191,7 +196,7 @@ def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageMo
                 where,
                 f"called with tokens of shape {tuple(tokens.shape)} it gave logits of shape {tuple(logits.shape)}",
             )
-        return LanguageModel(module, vocabulary, context, has_cache=_goes_on(module, tokens, logits))
+        return LanguageModel(module, vocabulary, context, has_cache=_goes_on(bare.module, tokens, logits))
 
 
 def _goes_on(module: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
