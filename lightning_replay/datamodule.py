@@ -378,8 +378,10 @@ class ReplayDataModule(pl.LightningDataModule):
 def _dealt(rows: int, room: Sequence[int]) -> list[int]:
     """The process that takes each of some rows: each in turn, for as long as it has room."""
     takers: list[int] = []
+    turn = 0
     while len(takers) < rows:
-        takers += [rank for rank, places in enumerate(room) if takers.count(rank) < places]
+        takers += [rank for rank, places in enumerate(room) if turn < places]
+        turn += 1
     return takers[:rows]
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import posixpath
-import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_replay.files import atomic_write
 
 __all__ = ["ReferenceFile", "SavesReferenceBeside", "read_reference"]
 
@@ -139,13 +140,5 @@ def _write_whole(content: bytes, folder: str, name: str) -> None:
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.pipe_file(path, content)  # an object store shows an object when all of it has arrived
         return
-    partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)

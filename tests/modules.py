@@ -118,6 +118,17 @@ class PairModule(UserModule):
         return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
 
 
+class DrawnRows(L.Callback):
+    """Keeps the replay rows of each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        drawn = trainer.datamodule.drawn  # type: ignore[attr-defined]
+        self.rows.append(drawn.tokens)
+
+
 def quiet_trainer(**options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",

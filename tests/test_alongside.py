@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
-from tests.modules import PlainDescent, Rows, UserModule, mapping_loader, quiet_trainer
-from tests.test_replay import ByHand, DrawnRows, weights
+from tests.modules import DrawnRows, PlainDescent, Rows, UserModule, mapping_loader, quiet_trainer
+from tests.test_replay import ByHand, weights
 
 Make = Callable[..., LlamaForCausalLM]
 Configure = Callable[[nn.Module], nn.Module]

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ReplayBuffer, ReplayDataModule, SelfGeneratedReplay
-from tests.modules import UserModule, mapping_loader, quiet_trainer
-from tests.test_replay import DrawnRows, weights
+from tests.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
+from tests.test_replay import weights
 
 Make = Callable[..., LlamaForCausalLM]
 ROOT = Path(__file__).parents[1]

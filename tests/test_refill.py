@@ -9,24 +9,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay
-from tests.modules import UserModule, mapping_loader, quiet_trainer
+from tests.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
-
-
-class DrawnRows(L.Callback):
-    """Keeps the rows of each step."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        drawn = trainer.datamodule.drawn  # type: ignore[attr-defined]
-        self.rows.append(drawn.tokens)
 
 
 def run(model: Any, replay: SelfGeneratedReplay, *callbacks: L.Callback, fraction: float = 0.2, **options: Any) -> Any:

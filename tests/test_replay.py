@@ -30,6 +30,7 @@ from lightning_replay.language_model import find_language_model
 from lightning_replay.reference import FrozenCopy
 from lightning_replay.sampling import Samples
 from tests.modules import (
+    DrawnRows,
     HandWritten,
     OwnCrossEntropy,
     PairModule,
@@ -113,17 +114,6 @@ class ByHand(PlainDescent):
             added = DIVERGENCES_BY_HAND[self.replay_loss](logits, reference)
         total: Tensor = own + self.coefficient * added
         return total
-
-
-class DrawnRows(L.Callback):
-    """Keeps the rows that travel with each step."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        drawn = trainer.datamodule.drawn  # type: ignore[attr-defined]
-        self.rows.append(drawn.tokens)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
