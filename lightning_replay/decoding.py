@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 from typing_extensions import override
@@ -74,11 +75,16 @@ def rows_at_a_time(model: LanguageModel, length: int) -> int:
     """
     bytes_of_row = 16 * model.vocabulary  # logits and what is drawn from them
     if model.has_cache:
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        state = getattr(model.uncompiled.module(tokens, use_cache=True), str(state_argument(model.module)))
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        try:
+            state = getattr(model.uncompiled.module(token, use_cache=True), str(state_argument(model.module)))
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise
+            return 1
         layers = state.layers if isinstance(state, DynamicCache) else ()
         kept = [part for layer in layers if type(layer) is DynamicLayer for part in (layer.keys, layer.values)]
-        bytes_of_row += sum(part.nbytes for part in kept) // 2 * length
+        bytes_of_row += sum(part.nbytes for part in kept) * length
     if model.device.type == "cuda":
         memory = _MEMORY["share"] * torch.cuda.get_device_properties(model.device).total_memory
     else:

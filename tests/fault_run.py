@@ -51,11 +51,11 @@ def meet_a_signal(folder: Path) -> None:
     trainer.fit(UserModule(tiny_model(False)), datamodule=data)
 
 
-def run_out_of_memory(folder: Path, megabytes: int) -> None:
+def run_out_of_memory(folder: Path, megabytes: int, vocabulary: int) -> None:
     """Sample from a model with a large vocabulary, with so much more memory than the process has already."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50_000,
+        vocab_size=vocabulary,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -86,4 +86,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "signal":
         meet_a_signal(Path(sys.argv[2]))
     else:
-        run_out_of_memory(Path(sys.argv[2]), int(sys.argv[3]))
+        run_out_of_memory(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
