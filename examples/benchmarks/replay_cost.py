@@ -3,9 +3,9 @@
 Everything is a ratio of two measurements taken in turn in one run: A B A B …, and the median of the ratios of
 neighbours. Models have random weights, which cost what trained ones do, so nothing is downloaded.
 
-    python examples/benchmarks/replay_cost.py                 # all parts, about 20 minutes on two cores
+    python examples/benchmarks/replay_cost.py                 # all parts; the fits alone take a quarter of an hour
     python examples/benchmarks/replay_cost.py --only fit      # one of fit, sampling, draw, memory, growth
-    python examples/benchmarks/replay_cost.py --quick         # every part once, in about a minute: to see that it runs
+    python examples/benchmarks/replay_cost.py --quick         # every part once, in small: to see that it runs
 
 Prints a table in Markdown for each part and writes all figures to ``<output>/replay_cost.json``.
 """
