@@ -172,8 +172,8 @@ def test_samples_are_the_same_with_gradient_checkpointing_and_the_cache_is_still
         assert model.config.use_cache
         assert model.training
         seen.append((calls.positions, drawn.rows[0]))
-    # Two positions to see what a state takes, and one for each token drawn after the first; not 1 + 2 + ... + 11.
-    assert seen[0][0] == seen[1][0] == 2 + 11
+    # One position to see what a state takes, and one for each token drawn after the first; not 1 + 2 + ... + 11.
+    assert seen[0][0] == seen[1][0] == 1 + 11
     assert torch.equal(seen[0][1], seen[1][1])
 
 
