@@ -194,33 +194,34 @@ def _decode(
     """One batch of samples, token by token."""
     rows, length = given.shape
     first = length - uniforms.shape[1]
+    free = not stop and not reply and bool((given[:, first:] < 0).all())
     given, uniforms = given.to(device), uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
     tokens = given.clamp(min=0)
-    drawn = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    log_probs = torch.zeros(rows, length, device=device)
-    turns = _Turns(rows, length, stop, reply, device)
-    sane = torch.ones((), dtype=torch.bool, device=device)
+    turns = _Turns(tokens, stop, reply)
+    turns.drawn[:, first:] = free
+    totals, chances = [], []
     for position in range(first, length):
         logits = decoder.next_logits(tokens[:, :position])
         probabilities = logits.softmax(-1)
         token, total = _draw(
             probabilities if warp is None else warp(logits).softmax(-1), uniforms[:, position - first, None]
         )
-        sane &= total.isfinite().all()
-        forced = turns.forced(given[:, position])
-        free = forced < 0
-        token = torch.where(free, token, forced)
+        if not free:  # most samples are, and a small model's forward takes hardly longer than this
+            token = turns.take(token, given[:, position], position)
         tokens[:, position] = token
-        drawn[:, position] = free
-        log_probs[:, position] = probabilities.gather(1, token[:, None]).squeeze(1).log().masked_fill(~free, 0)
-        turns.advance(token, free, position)
+        totals.append(total)
+        chances.append(probabilities.gather(1, token[:, None]))
         if progress is not None:
             progress(rows)
         if turns.can_end and position % _LOOK_EVERY == 0 and bool(turns.ended.all()):
             break
-    if not sane:
+    if totals and not torch.cat(totals, 1).isfinite().all():
         raise FloatingPointError("The model gave NaN or infinite logits while replay rows were sampled from it.")
-    return Samples(tokens, turns.lengths, drawn, log_probs, turns.replies if reply else None)
+    log_probs = torch.zeros(rows, length, device=device)
+    if chances:
+        log_probs[:, first : first + len(chances)] = torch.cat(chances, 1).log()
+    log_probs.masked_fill_(~turns.drawn, 0)
+    return Samples(tokens, turns.lengths, turns.drawn, log_probs, turns.replies if reply else None)
 
 
 def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,29 +257,40 @@ def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
 
 
 class _Turns:
-    """Which tokens the samples are given rather than draw, and where they end.
+    """Which tokens the samples draw and which they are given, and where they end.
 
     Everything is a tensor over the rows, so that no position waits for the device.
     """
 
-    def __init__(self, rows: int, length: int, stop: Sequence[int], reply: Sequence[int], device: torch.device) -> None:
+    def __init__(self, tokens: Tensor, stop: Sequence[int], reply: Sequence[int]) -> None:
+        (rows, length), device = tokens.shape, tokens.device
         self.can_end = bool(stop)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.lengths = torch.full((rows,), length, device=device)
         self.replies = torch.full((rows,), length, device=device)
+        self.drawn = torch.zeros_like(tokens, dtype=torch.bool)
         self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         self._reply = torch.tensor(list(reply), dtype=torch.int64, device=device)
         # How much of the reply's opening each row has been given; 0 in the first turn.
         self._opened = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def forced(self, given: Tensor) -> Tensor:
+    def take(self, drawn: Tensor, given: Tensor, position: int) -> Tensor:
+        """What stands at a position: the drawn token, or the given one where there is one (-1 where not)."""
+        forced = self._forced(given)
+        free = forced < 0
+        token = torch.where(free, drawn, forced)
+        self.drawn[:, position] = free
+        self._advance(token, free, position)
+        return token
+
+    def _forced(self, given: Tensor) -> Tensor:
         """The token that each row has to take at this position; -1 where it is free to draw one."""
         if len(self._reply):
             opening = (self._opened > 0) & (self._opened < len(self._reply))
             given = torch.where(opening, self._reply[self._opened.clamp(max=len(self._reply) - 1)], given)
         return given.masked_fill(self.ended, 0)
 
-    def advance(self, token: Tensor, free: Tensor, position: int) -> None:
+    def _advance(self, token: Tensor, free: Tensor, position: int) -> None:
         """Take note of what stands at a position."""
         ends = torch.isin(token, self._stop) & free if self.can_end else torch.zeros_like(free)
         if len(self._reply):

@@ -235,12 +235,13 @@ def test_samples_are_the_same_in_batches_of_any_size(tiny_llama: Make) -> None:
         assert torch.equal(parts.lengths, whole.lengths)
 
 
-def test_a_stop_token_ends_a_sample_and_changes_nothing_before(tiny_llama: Make) -> None:
+@pytest.mark.parametrize("stop", [(2, 9), tuple(range(32))], ids=["some", "all at once"])
+def test_a_stop_token_ends_a_sample_and_changes_nothing_before(tiny_llama: Make, stop: tuple[int, ...]) -> None:
     model = of(tiny_llama())
-    endless, stopped = (drawn_with(model, [[1, 2]] * 200, 30, stop=stop) for stop in ((), (2, 9)))
+    endless, stopped = (drawn_with(model, [[1, 2]] * 200, 30, stop=stop) for stop in ((), stop))
     lengths = []
     for row in endless.tokens.tolist():
-        ends = [place for place in range(2, 30) if row[place] in (2, 9)]
+        ends = [place for place in range(2, 30) if row[place] in stop]
         lengths.append(ends[0] + 1 if ends else 30)
     assert stopped.lengths.tolist() == lengths
     assert min(lengths) < 30
