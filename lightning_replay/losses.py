@@ -327,15 +327,34 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
+class _Buckets(torch.autograd.Function):
+    """Logits of chosen tokens and, last, of all others together: their log-sum-exp.
+
+    Autograd would keep three tensors of the logits' size and fill three more; this keeps none and fills one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        # Not as 1 - sum of the others: where the tail is small, that would be rounding error alone.
+        tail = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp_(min=_NEVER)
+        ctx.save_for_backward(logits, ids, tail)
+        return torch.cat([logits.gather(-1, ids), tail], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, ids, tail = ctx.saved_tensors
+        gradient = (logits - tail).exp_().mul_(upstream[..., -1:])
+        return gradient.scatter_(-1, ids, upstream[..., :-1]), None
+
+
 def _bucket_logits(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Logits of the tokens ``ids`` and, last, of all other tokens together, where there are others."""
     logits = _softened(logits, temperature)
-    chosen = logits.gather(-1, ids)
     if ids.shape[-1] == logits.shape[-1]:
-        return chosen
-    # Not as 1 - sum of the others: where the tail is small, that would be rounding error alone.
-    tail = logits.scatter(-1, ids, -torch.inf).clamp(min=_NEVER).logsumexp(-1, keepdim=True)
-    return torch.cat([chosen, tail], -1)
+        return logits.gather(-1, ids)
+    buckets: Tensor = _Buckets.apply(logits, ids)  # type: ignore[no-untyped-call]
+    return buckets
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

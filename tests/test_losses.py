@@ -145,6 +145,23 @@ def test_a_top_k_divergence_is_a_lower_bound_and_exact_with_the_whole_vocabulary
         torch.testing.assert_close(bound.double() + missing, exact.double(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("k", [1, 5, 11, 12])
+def test_the_gradient_of_a_top_k_divergence_is_that_of_its_definition(k: int) -> None:
+    logits, reference = torch.randn(2, 2, 3, 12)
+    ids, log_probs = top_k_log_probs(reference, k)
+    ours, hand = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    in_buckets = []
+    for probs in (hand.softmax(-1), reference.double().softmax(-1)):
+        chosen = probs.gather(-1, ids)
+        in_buckets.append(torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)[..., : k + (k < 12)])
+    p, q = in_buckets
+    (q * (q / p).log()).sum(-1).mean().backward()
+    divergence_from_top_k(ours, ids, log_probs).backward()
+    assert ours.grad is not None
+    assert hand.grad is not None
+    torch.testing.assert_close(ours.grad.double(), hand.grad, atol=1e-7, rtol=1e-4)
+
+
 def test_a_top_k_divergence_of_equal_models_is_zero_even_from_16_bits() -> None:
     logits = 3 * torch.randn(4, 5, 50)
     ids, log_probs = top_k_log_probs(logits, 8)
