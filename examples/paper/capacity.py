@@ -15,9 +15,9 @@ from statistics import mean
 from typing import Any
 
 from arms import loss_after
-from experiments import Lab, Report, cell, main, table
+from experiments import Lab, Report, cell, main, plain_numbers, table
 from matplotlib.figure import Figure
-from runs import Finetuning, Pretraining, Trajectory, at_new_loss, forgetting
+from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
 from lightning_replay.pictures import Look
 
@@ -38,6 +38,7 @@ class Start:
     width: int
     seed: int
     parameters: int
+    steps: int
     tokens_per_parameter: float
 
 
@@ -81,14 +82,14 @@ def narrow(lab: Lab) -> tuple[list[list[Start]], float]:
     """The narrowest model at each length of its pretraining, for each seed, and the prior loss at the end."""
     width, most = lab.scale.widths[0], lab.scale.tokens_per_parameter
     shares = [10 ** (-place / PER_DECADE) for place in range(lab.scale.decades * PER_DECADE, -1, -1)]
-    one = Pretraining(lab.prior, width, 0, 1, 1)
+    one = lab.pretraining(width, 0, 1, 1)
     parameters = one.parameters
     keep = tuple(max(1, round(share * most * parameters / one.tokens_per_step)) for share in shares)
-    runs = [Pretraining(lab.prior, width, seed, keep[-1], max(1, keep[-1] // 20), keep) for seed in lab.seeds]
+    runs = [lab.pretraining(width, seed, keep[-1], max(1, keep[-1] // 20), keep=keep) for seed in lab.seeds]
     results = lab.results(runs)
     starts = [
         [
-            Start(result["kept"][str(step)], width, run.seed, parameters, step * run.tokens_per_step / parameters)
+            Start(result["kept"][str(step)], width, run.seed, parameters, step, step * run.tokens_per_step / parameters)
             for step in keep
         ]
         for run, result in zip(runs, results, strict=True)
@@ -99,7 +100,7 @@ def narrow(lab: Lab) -> tuple[list[list[Start]], float]:
 def wide(lab: Lab, prior_level: float, steps: int) -> list[Start]:
     """The other models, each pretrained to a prior loss."""
     runs = [
-        Pretraining(lab.prior, width, seed, steps, 10, until=prior_level)
+        lab.pretraining(width, seed, steps, max(1, min(10, steps // 10)), until=prior_level)
         for width in lab.scale.widths[1:]
         for seed in lab.seeds
     ]
@@ -109,7 +110,8 @@ def wide(lab: Lab, prior_level: float, steps: int) -> list[Start]:
             run.width,
             run.seed,
             run.parameters,
-            result["points"][-1]["step"] * run.tokens_per_step / run.parameters,
+            (steps := result["points"][-1]["step"]),
+            steps * run.tokens_per_step / run.parameters,
         )
         for run, result in zip(runs, lab.results(runs), strict=True)
     ]
@@ -142,8 +144,7 @@ def capacity(lab: Lab) -> Report:
     """Pretrain, finetune and compare."""
     lengths, prior_level = narrow(lab)
     longest = [starts[-1] for starts in lengths]
-    steps = round(longest[0].tokens_per_parameter * longest[0].parameters / (16 * 128))
-    starts = longest + wide(lab, prior_level, steps)
+    starts = longest + wide(lab, prior_level, longest[0].steps)
     aims = lab.trajectories([finetuning(lab, start, 0.0, None) for start in longest])
     level = mean(loss_after(run, LEVEL_AT * lab.scale.capacity_steps) for run in aims)
 
@@ -170,6 +171,7 @@ def capacity(lab: Lab) -> Report:
             ]
             band(by_size, sizes, [[run.forgetting for run in runs] for runs in groups], index, name)
         band(by_tokens, tokens, list(at_length.values()), 1, "no replay")
+        by_size.set_xticks(sizes, [f"{size:,}" for size in sizes])
         by_size.set(title=f"Pretrained to a prior loss of {prior_level:.2f}", xlabel="parameters", ylabel=FORGETTING)
         by_tokens.set(title=f"{sizes[0]:,} parameters", xlabel="pretraining tokens per parameter", ylabel=FORGETTING)
 
@@ -234,6 +236,7 @@ def band(axis: Any, x: Sequence[float], groups: Sequence[Sequence[float]], index
         name, (places[-1], mean(known[-1][1])), (0, 7), textcoords="offset points", ha="right", color=look.color
     )
     axis.set_xscale("log")
+    plain_numbers(axis.xaxis)
     axis.margins(y=0.15)
 
 

@@ -6,7 +6,7 @@ python examples/paper/coefficients.py --model DIR --prior known.txt --new new.tx
 from statistics import mean
 
 from arms import KL_COEFFICIENTS, NEXT_TOKEN_COEFFICIENTS, PLAIN, comparison, lines, removed, trajectories
-from experiments import Lab, Report, cell, main
+from experiments import Lab, Report, cell, main, plain_numbers
 from matplotlib.figure import Figure
 from runs import forgetting
 
@@ -40,6 +40,7 @@ def coefficients(lab: Lab) -> Report:
         axis.plot(*ends[PLAIN], marker="o", color=Look.of(2).color)
         axis.annotate("no replay", ends[PLAIN], (6, 4), textcoords="offset points", color=Look.of(2).color)
         axis.set_yscale("symlog", linthresh=0.01)
+        plain_numbers(axis.yaxis)
         axis.set(
             title=f"Coefficients after {lab.scale.steps} steps: left is learned, down is kept",
             xlabel="new-task loss, nats a token",

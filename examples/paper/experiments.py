@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from runs import Finetuning, Point, Pretraining, Run, Text, Trajectory, prepare_worker
 
 from lightning_replay.files import atomic_write
@@ -31,6 +32,8 @@ class Scale:
     Attributes:
         steps: Optimizer steps of a finetuning.
         every: Steps between its measurements; a fifth of that in the beginning.
+        rows: New rows in a batch.
+        length: Tokens in a row.
         held_out: Rows of each text to measure on.
         rates: Learning rates without replay, in `learning_rate.py`.
         seeds_at: The lowest of them at which all seeds are run; below, the first alone.
@@ -45,6 +48,8 @@ class Scale:
 
     steps: int = 300
     every: int = 25
+    rows: int = 16
+    length: int = 128
     held_out: int = 96
     rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
     seeds_at: float = 1e-4
@@ -57,7 +62,22 @@ class Scale:
     first_task_steps: int = 1500
 
 
-QUICK = Scale(20, 5, 16, (1e-2, 1e-3), 1e-3, 20, (16, 32), 10.0, 1, 20, 10, 20)
+QUICK = Scale(
+    steps=15,
+    every=5,
+    rows=8,
+    length=32,
+    held_out=16,
+    rates=(1e-2, 1e-3),
+    seeds_at=1e-3,
+    rate_steps=15,
+    widths=(16, 32),
+    tokens_per_parameter=3.0,
+    decades=1,
+    capacity_steps=15,
+    task_steps=10,
+    first_task_steps=20,
+)
 
 
 class Lab:
@@ -70,7 +90,9 @@ class Lab:
 
     def __init__(self, options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
         self.scale = QUICK if options.quick else Scale()
-        changes = {name: value for name in ("steps", "every") if (value := getattr(options, name)) is not None}
+        changes = {
+            name: value for name in ("steps", "every", "held_out") if (value := getattr(options, name)) is not None
+        }
         self.scale = replace(self.scale, **changes)
         self.seeds: list[int] = options.seeds or ([0] if options.quick else [0, 1, 2])
         self.learning_rate: float = options.learning_rate
@@ -94,7 +116,17 @@ class Lab:
             self.learning_rate,
             self.scale.steps,
             self.scale.every,
+            rows=self.scale.rows,
+            length=self.scale.length,
             held_out=self.scale.held_out,
+        )
+        return replace(usual, **changes)
+
+    def pretraining(self, width: int, seed: int, steps: int, every: int, **changes: Any) -> Pretraining:
+        """A small model trained from scratch on the prior text."""
+        scale = self.scale
+        usual = Pretraining(
+            self.prior, width, seed, steps, every, rows=scale.rows, length=scale.length, held_out=scale.held_out
         )
         return replace(usual, **changes)
 
@@ -219,6 +251,7 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for all files")
     parser.add_argument("--steps", type=int, help="optimizer steps of a finetuning; by default 300")
     parser.add_argument("--every", type=int, help="steps between measurements; by default 25")
+    parser.add_argument("--held-out", type=int, help="rows of each text to measure on; by default 96")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, on one core each")
@@ -244,7 +277,8 @@ def invent(options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
         path = options.output / f"{kind}.txt"
         path.write_text("\n".join(sentences), encoding="utf-8")
         setattr(options, kind, str(path))
-    pretraining = Pretraining(Text(options.prior), 32, 0, 100, 50, learning_rate=1e-2, held_out=16)
+    text = Text(options.prior)
+    pretraining = Pretraining(text, 32, 0, 100, 50, rows=QUICK.rows, length=QUICK.length, held_out=QUICK.held_out)
     options.model = pool.submit(perform, pretraining, options.output).result()["kept"]["100"]
 
 
@@ -257,6 +291,12 @@ def write(folder: Path, name: str, report: Report) -> None:
     figure = Figure(figsize=report.size, layout="constrained")
     report.draw(figure)
     figure.savefig(folder / f"{name}.png", dpi=160)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Label the ticks of a logarithmic axis with numbers, which need no mathematical notation."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def fill(page: Path, region: str, text: str) -> None:

@@ -12,7 +12,7 @@ from math import isnan
 from statistics import mean
 
 from arms import plain_level
-from experiments import Lab, Report, cell, main, table
+from experiments import Lab, Report, cell, main, plain_numbers, table
 from matplotlib.figure import Figure
 from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
@@ -103,18 +103,20 @@ def learning_rate(lab: Lab) -> Report:
                     axis.annotate(text, place, (6, 5), textcoords="offset points", color=look.color)
             axis.plot([], [], label=label, marker="o", **look.line())
         axis.set_xscale("log")
+        plain_numbers(axis.xaxis)
         axis.set(
             title=f"To a new-task loss of {all_ways[0].level:.2f}: left is fast, down is kept",
             xlabel="seconds of training and sampling on one core",
             ylabel="forgetting, nats a token",
         )
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.set_ylim(bottom=0.0)
         axis.legend(frameon=False)
 
     return Report(
         claim="Replay breaks the learning-rate trade",
-        experiment=f"Learning rates {scientific(min(lab.scale.rates))} to {scientific(max(lab.scale.rates))} without replay against "
-        f"{scientific(lab.learning_rate)} with KL × 10 on 5 to 20% replay rows, to a new-task loss of {all_ways[0].level:.2f}",
+        experiment=f"Learning rates {scientific(min(lab.scale.rates))} to {scientific(max(lab.scale.rates))} without "
+        f"replay against {scientific(lab.learning_rate)} with KL × 10 on 5 to 20% replay rows, to a new-task loss of "
+        f"{all_ways[0].level:.2f}",
         paper="lowest rate: the prior loss of replay in 38 times the compute, sampling not counted",
         ours=f"{least.name} forgets least without replay: {forgotten:+.3f} in {seconds:.0f} s; {match.name}: "
         f"{cell(match.forgotten)} in {cell(match.values('cpu_seconds'), '.1f')} s with sampling, "

@@ -5,6 +5,8 @@
 One model finetuned on the new text in each way; the picture shows prior against new-task log-likelihood on the way.
 """
 
+from dataclasses import replace
+
 from arms import PLAIN, average, comparison, difference, lines, removed, trajectories
 from experiments import Lab, Report, cell, main
 from matplotlib.figure import Figure
@@ -12,16 +14,17 @@ from matplotlib.figure import Figure
 from lightning_replay.pictures import Look
 
 OWN, REAL = "KL × 10", "KL × 10, real rows"
-NAMES = [
-    PLAIN,
-    "learning rate ÷ 10",
-    "LoRA, rank 16",
-    "KL on new rows × 1",
-    "next-token × 1",
-    "next-token × 1, real rows",
-    OWN,
-    REAL,
-]
+LOOKS = {
+    PLAIN: Look.of(0),
+    "learning rate ÷ 10": Look.of(1),
+    "LoRA, rank 16": Look.of(4),
+    "KL on new rows × 1": Look.of(6),
+    "next-token × 1": Look.of(3),
+    "next-token × 1, real rows": replace(Look.of(3), dashes=(4.0, 2.0)),
+    OWN: Look.of(2),
+    REAL: replace(Look.of(2), dashes=(4.0, 2.0)),
+}
+NAMES = list(LOOKS)
 
 
 def methods(lab: Lab) -> Report:
@@ -31,10 +34,11 @@ def methods(lab: Lab) -> Report:
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
-        for index, (name, runs) in enumerate(arms.items()):
+        for name, runs in arms.items():
+            look = LOOKS[name]
             new, prior = ([-loss for loss in average(runs, key)] for key in ("new_loss", "prior_loss"))
-            axis.plot(new, prior, label=name, marker="o", markersize=3, **Look.of(index).line())
-            axis.plot(new[-1:], prior[-1:], marker="o", markersize=7, color=Look.of(index).color)
+            axis.plot(new, prior, label=name, **look.line())
+            axis.plot(new[-1:], prior[-1:], marker="o", markersize=7, color=look.color)
         axis.set(
             title=f"{lab.scale.steps} steps of finetuning: right is learned, up is kept",
             xlabel="log-likelihood of the new text, nats a token",

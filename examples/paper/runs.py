@@ -335,7 +335,8 @@ class Keeper(Callback):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         name = f"{self.name}/{trainer.global_step}"
-        assert isinstance(pl_module, CausalLM) and isinstance(pl_module.model, LlamaForCausalLM)
+        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module.model, LlamaForCausalLM)
         pl_module.model.save_pretrained(self.folder / name)
         bytes_tokenizer().save_pretrained(self.folder / name)
         self.kept[str(trainer.global_step)] = name
