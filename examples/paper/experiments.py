@@ -55,7 +55,7 @@ class Scale:
     seeds_at: float = 1e-4
     rate_steps: int = 80
     widths: tuple[int, ...] = (16, 32, 64, 128)
-    tokens_per_parameter: float = 3200.0
+    tokens_per_parameter: float = 2000.0
     decades: int = 3
     capacity_steps: int = 1000
     task_steps: int = 400

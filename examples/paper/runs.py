@@ -169,7 +169,7 @@ class Pretraining(Run):
     every: int
     keep: tuple[int, ...] = ()
     until: float | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     rows: int = 16
     length: int = 128
     held_out: int = 128
