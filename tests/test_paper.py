@@ -128,7 +128,7 @@ def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
     assert len({line["arm"] for line in lines["other_text"]}) == 7
     assert len({line["arm"] for line in lines["coefficients"]}) == 11
     assert {line["width"] for line in lines["capacity"]} == {"16", "32"}
-    assert {line["coefficient"] for line in lines["capacity"]} == {"0.0", "1.0", "3.0", "10.0", "30.0"}
+    assert {line["coefficient"] for line in lines["capacity"]} == {"0.0", "0.3", "1.0", "3.0", "10.0"}
     assert {line["replay_fraction"] for line in lines["learning_rate"]} == {"0.0", "0.05", "0.1", "0.2"}
     assert [line["arm"] for line in lines["task_sequence"]] == ["no replay", "self-generated replay"]
     ends = {line["run"]: float(line["forgetting"]) for line in lines["drift"]}

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import matplotlib
@@ -57,7 +57,7 @@ class Scale:
     widths: tuple[int, ...] = (16, 32, 64, 128)
     tokens_per_parameter: float = 2000.0
     decades: int = 3
-    capacity_steps: int = 1000
+    capacity_steps: int = 800
     task_steps: int = 400
     first_task_steps: int = 1500
 
@@ -102,7 +102,7 @@ class Lab:
         self.new = Text(options.new, options.new_column)
         self.other = Text(options.other or options.prior)
         self._pool = pool
-        self._lock = Lock()
+        self._lock = RLock()  # a run that is done at once tells of it while it is begun
         self._begun: dict[str, Future[dict[str, Any]]] = {}
         self._finished = 0
 
