@@ -46,7 +46,7 @@ class Scale:
         first_task_steps: Optimizer steps of its first task at most.
     """
 
-    steps: int = 300
+    steps: int = 200
     every: int = 25
     rows: int = 16
     length: int = 128
@@ -249,7 +249,7 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--new-column", default="text", help="column of the new text")
     parser.add_argument("--other", help="text of another kind, to replay instead of prior text")
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for all files")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a finetuning; by default 300")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a finetuning; by default 200")
     parser.add_argument("--every", type=int, help="steps between measurements; by default 25")
     parser.add_argument("--held-out", type=int, help="rows of each text to measure on; by default 96")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
