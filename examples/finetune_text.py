@@ -100,8 +100,8 @@ def prior_text(options: argparse.Namespace) -> TextDataModule:
     return prior
 
 
-def options_parser() -> argparse.ArgumentParser:
-    """What both this script and the table's can be told."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -122,18 +122,16 @@ def options_parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay-fraction", type=float, default=0.2, help="share of replay rows in a mixed batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
-
-
-def main() -> None:
-    """Run without and with replay, and print both."""
-    parser = options_parser()
     parser.add_argument("--loss", choices=["kl", "ntp", "mixed", "lwf"], default="kl", help="replay loss")
     parser.add_argument("--coefficient", type=float, default=10.0, help="what the replay loss is multiplied by")
     parser.add_argument("--source", choices=["reference", "live"], default="reference", help="whose samples to replay")
     parser.add_argument("--prior-share", type=float, default=0.0, help="share of replay rows that are real prior text")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Run without and with replay, and print both."""
+    options = parsed()
     plain = finetune(options, None, "without_replay")
     replay = SelfGeneratedReplay(options.loss, options.coefficient, options.source)
     real = prior_text(options) if options.prior_share else None

@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
         f"The demo draws with {error.name}, which is not installed: pip install 'lightning-replay[demo]'"
     ) from error
 
-__all__ = ["Run", "demo", "learn_sequence", "replay_of"]
+__all__ = ["Run", "demo", "learn_sequence", "quiet_lightning", "replay_of"]
 
 BATCH_SIZE = 128
 REPLAY_FRACTION = 0.2
@@ -153,7 +153,7 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
         f"A small transformer learns {len(TASKS)} tasks one after another: {', '.join(TASKS)}.\n"
         "First with plain finetuning, then with self-generated replay."
     )
-    runs = learn_sequence({"without_replay": None, "with_replay": replay_of}, seed, console)
+    runs = learn_sequence({"without_replay": None, "with_replay": replay_of}, seed, console, STEPS)
     results = {"seed": seed, "tasks": list(TASKS)} | {arm: run.summary() for arm, run in runs.items()}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _draw(runs, output / "accuracy.png")
@@ -163,7 +163,11 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def learn_sequence(
-    arms: Mapping[str, Callable[[Sequence[str]], SelfGeneratedReplay] | None], seed: int, console: Console
+    arms: Mapping[str, Callable[[Sequence[str]], SelfGeneratedReplay] | None],
+    seed: int,
+    console: Console,
+    steps: int = STEPS,
+    first_steps: int = FIRST_TASK_STEPS,
 ) -> dict[str, Run]:
     """Learn the tasks one after another, once for each arm; the first task, learned once, is shared by all.
 
@@ -171,21 +175,23 @@ def learn_sequence(
         arms: By name, a function of the tasks learned so far that returns the replay callback; None for no replay.
         seed: Seed of the weights, the problems and the samples.
         console: Where progress is shown.
+        steps: Optimizer steps of each task but the first.
+        first_steps: Optimizer steps of the first task at most; it ends where it has been learned.
 
     Returns:
         What each arm gave.
     """
     tasks, runs = list(TASKS), {}
-    with _quiet_lightning(), _bars(console) as progress:
+    with quiet_lightning(), _bars(console) as progress:
         pl.seed_everything(seed)
         shared = Run()
         model = _small_transformer()
-        _learn("all", tasks[0], model, shared, progress, seed, replay=None)
+        _learn("all", tasks[0], model, shared, progress, seed, first_steps, replay=None)
         for arm, replay_of_tasks in arms.items():
             runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
             for number, task in enumerate(tasks[1:], start=1):
                 replay = None if replay_of_tasks is None else replay_of_tasks(tasks[:number])
-                _learn(arm.replace("_", " "), task, learner, runs[arm], progress, seed, replay)
+                _learn(arm.replace("_", " "), task, learner, runs[arm], progress, seed, steps, replay)
     return runs
 
 
@@ -223,6 +229,7 @@ def _learn(
     run: Run,
     progress: Progress,
     seed: int,
+    steps: int,
     replay: SelfGeneratedReplay | None,
 ) -> None:
     """Train the model on one task, with a fresh optimizer."""
@@ -231,7 +238,7 @@ def _learn(
     accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
     loader = problems_loader(task, BATCH_SIZE, seed)
     trainer = pl.Trainer(
-        max_steps=FIRST_TASK_STEPS if first else STEPS,
+        max_steps=steps,
         callbacks=[accuracy] if replay is None else [accuracy, replay],
         accelerator="cpu",
         logger=False,
@@ -256,7 +263,7 @@ def _bars(console: Console) -> Progress:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Seven short fits need no banner each, nor advice on loaders that are meant to be as they are."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
     levels = [logger.level for logger in loggers]

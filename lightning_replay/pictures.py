@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
         f"The report is made with {error.name}, which is not installed: pip install 'lightning-replay[report]'"
     ) from error
 
-__all__ = ["STEPS", "Curve", "Look", "Pictures"]
+__all__ = ["STEPS", "STYLE", "Curve", "Look", "Pictures"]
 
 Curve = tuple[list[float], list[float]]
 """Values of x and of y."""
@@ -34,7 +34,7 @@ _COLORS = ("#3b7dd8", "#d9701a", "#2a9d62", "#a35bc7", "#d64550", "#1296a6", "#b
 _DASHES = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
 _INK = "#2b2f36"
 """Of text and axes: as it is in a PNG, the colour of the page's text in the page."""
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "text.color": _INK,
     "text.parse_math": False,  # names are text
@@ -113,7 +113,7 @@ class Pictures:
         Returns:
             SVG to stand in a page that has a legend of its own.
         """
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=_SMALL if small else _LARGE, layout="constrained")
             axis = figure.add_subplot()
             if zero:
@@ -146,7 +146,7 @@ class Pictures:
         Returns:
             SVG to stand in a page.
         """
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(_LARGE[0], 1.1 + 0.5 * len(runs)), layout="constrained")
             axis = figure.add_subplot()
             places, ends = np.arange(len(runs))[::-1], np.zeros(len(runs))

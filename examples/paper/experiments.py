@@ -1,0 +1,324 @@
+"""What every script of this folder is started with: its arguments, its runs on worker processes, and its files."""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from threading import RLock
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from runs import Finetuning, Point, Pretraining, Run, Text, Trajectory, prepare_worker
+
+from lightning_replay.files import atomic_write
+from lightning_replay.pictures import STYLE
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiments are.
+
+    Attributes:
+        steps: Optimizer steps of a finetuning.
+        every: Steps between its measurements; a fifth of that in the beginning.
+        rows: New rows in a batch.
+        length: Tokens in a row.
+        held_out: Rows of each text to measure on.
+        rates: Learning rates without replay, in `learning_rate.py`.
+        seeds_at: The lowest of them at which all seeds are run; below, the first alone.
+        rate_steps: Optimizer steps at most for a run at a learning rate of 1e-3; lower ones have more in proportion.
+        widths: Of the models in `capacity.py`.
+        tokens_per_parameter: How far the smallest of them is pretrained.
+        decades: How far below that its weights are first looked at, in powers of ten.
+        capacity_steps: Optimizer steps of a finetuning at most, in `capacity.py`.
+        task_steps: Optimizer steps of each task of the sequence.
+        first_task_steps: Optimizer steps of its first task at most.
+    """
+
+    steps: int = 200
+    every: int = 25
+    rows: int = 16
+    length: int = 128
+    held_out: int = 96
+    rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+    seeds_at: float = 1e-4
+    rate_steps: int = 80
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    tokens_per_parameter: float = 2000.0
+    decades: int = 3
+    capacity_steps: int = 800
+    task_steps: int = 400
+    first_task_steps: int = 1500
+
+
+QUICK = Scale(
+    steps=15,
+    every=5,
+    rows=8,
+    length=32,
+    held_out=16,
+    rates=(1e-2, 1e-3),
+    seeds_at=1e-3,
+    rate_steps=15,
+    widths=(16, 32),
+    tokens_per_parameter=3.0,
+    decades=1,
+    capacity_steps=15,
+    task_steps=10,
+    first_task_steps=20,
+)
+
+
+class Lab:
+    """Does the runs of all scripts, each once, on worker processes; what a run gave is kept, and it is never repeated.
+
+    Args:
+        options: What the command line says.
+        pool: The worker processes.
+    """
+
+    def __init__(self, options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
+        self.scale = QUICK if options.quick else Scale()
+        changes = {
+            name: value for name in ("steps", "every", "held_out") if (value := getattr(options, name)) is not None
+        }
+        self.scale = replace(self.scale, **changes)
+        self.seeds: list[int] = options.seeds or ([0] if options.quick else [0, 1, 2])
+        self.learning_rate: float = options.learning_rate
+        self.folder: Path = options.output
+        self.model: str = options.model
+        self.prior = Text(options.prior, options.prior_column, options.prior_separator)
+        self.new = Text(options.new, options.new_column)
+        self.other = Text(options.other or options.prior)
+        self._pool = pool
+        self._lock = RLock()  # a run that is done at once tells of it while it is begun
+        self._begun: dict[str, Future[dict[str, Any]]] = {}
+        self._finished = 0
+
+    def finetuning(self, seed: int, **changes: Any) -> Finetuning:
+        """A finetuning of the model on the new text, without replay unless the changes say so."""
+        usual = Finetuning(
+            self.model,
+            self.prior,
+            self.new,
+            seed,
+            self.learning_rate,
+            self.scale.steps,
+            self.scale.every,
+            rows=self.scale.rows,
+            length=self.scale.length,
+            held_out=self.scale.held_out,
+        )
+        return replace(usual, **changes)
+
+    def pretraining(self, width: int, seed: int, steps: int, every: int, **changes: Any) -> Pretraining:
+        """A small model trained from scratch on the prior text."""
+        scale = self.scale
+        usual = Pretraining(
+            self.prior, width, seed, steps, every, rows=scale.rows, length=scale.length, held_out=scale.held_out
+        )
+        return replace(usual, **changes)
+
+    def results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Do the runs that have not been done, and return what each gave."""
+        return [future.result() for future in [self._begin(run) for run in runs]]
+
+    def trajectories(self, runs: Sequence[Finetuning]) -> list[Trajectory]:
+        """Do the finetunings that have not been done, and return what was measured in each."""
+        return [[Point(**point) for point in result["points"]] for result in self.results(runs)]
+
+    def _begin(self, run: Run) -> Future[dict[str, Any]]:
+        with self._lock:
+            key = run.key
+            if key not in self._begun:
+                self._begun[key] = self._pool.submit(perform, run, self.folder)
+                self._begun[key].add_done_callback(lambda future: self._tell(run, future))
+            return self._begun[key]
+
+    def _tell(self, run: Run, future: Future[dict[str, Any]]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        with self._lock:
+            self._finished += 1
+            took = future.result()["took"]
+            print(f"{self._finished}/{len(self._begun)} {type(run).__name__} {run.key}: {took:.0f} s", flush=True)
+
+
+def perform(run: Run, folder: Path) -> dict[str, Any]:
+    """Do a run, or read what it gave when it was done."""
+    file = folder / "runs" / f"{run.key}.json"
+    if not file.exists():
+        started = time.perf_counter()
+        result = {"kind": type(run).__name__, "settings": asdict(run), **run.run(folder)}
+        result["took"] = time.perf_counter() - started
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    read: dict[str, Any] = json.loads(file.read_text())
+    return read
+
+
+@dataclass
+class Report:
+    """What a script found.
+
+    Attributes:
+        claim: Of the paper.
+        experiment: Ours, in one line.
+        paper: The paper's figures.
+        ours: Our figures.
+        details: More of them, as a Markdown table.
+        rows: The lines of the CSV file.
+        draw: Draws the picture.
+        size: Of the picture, in inches.
+    """
+
+    claim: str
+    experiment: str
+    paper: str
+    ours: str
+    details: str
+    rows: Sequence[Mapping[str, Any]]
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (7.5, 4.2)
+
+
+Script = Callable[[Lab], Report]
+
+
+def main(scripts: Mapping[str, Script], description: str) -> None:
+    """Do what the scripts need, and write the files of each, and ``results.md`` of all of them.
+
+    Args:
+        scripts: By the name of their files.
+        description: Of the command.
+    """
+    options = parsed(description)
+    options.output.mkdir(parents=True, exist_ok=True)
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, prepare_worker) as pool:
+        try:
+            if options.quick and options.model is None:
+                invent(options, pool)
+            lab = Lab(options, pool)
+            # Each script waits for runs of its own in a thread of its own, so that the workers always have some to do.
+            with ThreadPoolExecutor(len(scripts)) as threads:
+                reports = dict(zip(scripts, threads.map(lambda script: script(lab), scripts.values()), strict=True))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    lines = ["| claim | experiment | the paper | here | script |", "|---|---|---|---|---|"]
+    details: list[str] = []
+    for name, report in reports.items():
+        write(options.output, name, report)
+        cells = (report.claim, report.experiment, report.paper, report.ours, f"[`{name}.py`]({name}.py)")
+        lines.append(f"| {' | '.join(cells)} |")
+        details.append(f"**{report.claim}** ({report.experiment})\n\n{report.details}")
+    results = "\n".join(lines) + "\n\n" + "\n\n".join(details) + "\n"
+    (options.output / ("results.md" if len(scripts) > 1 else f"{next(iter(scripts))}.md")).write_text(results)
+    print(f"\n{results}\nWrote these lines, pictures and CSV files to {options.output}.")
+    for page in options.fill:
+        fill(page, "paper results", "\n".join(lines))
+        fill(page, "paper details", "\n\n".join(details))
+
+
+def parsed(description: str) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", help="hub name or local folder, of model and tokenizer")
+    parser.add_argument("--prior", help="text that the model knows: hub name or local file")
+    parser.add_argument("--prior-column", default="text", help="column of the prior text")
+    parser.add_argument("--prior-separator", help="what stands between documents in a prior .txt file")
+    parser.add_argument("--new", help="text to finetune on: hub name or local file")
+    parser.add_argument("--new-column", default="text", help="column of the new text")
+    parser.add_argument("--other", help="text of another kind, to replay instead of prior text")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for all files")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a finetuning; by default 200")
+    parser.add_argument("--every", type=int, help="steps between measurements; by default 25")
+    parser.add_argument("--held-out", type=int, help="rows of each text to measure on; by default 96")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, on one core each")
+    parser.add_argument("--quick", action="store_true", help="tiny runs, which show that it works and nothing else")
+    parser.add_argument("--fill", type=Path, nargs="+", default=[], help="Markdown files to put the tables into")
+    options = parser.parse_args()
+    missing = [f"--{name}" for name in ("model", "prior", "new", "other") if getattr(options, name) is None]
+    if missing and not (options.quick and len(missing) == 4):
+        parser.error(f"{', '.join(missing)} missing; --quick alone needs none of them and makes its own.")
+    return options
+
+
+def invent(options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
+    """Make texts of three kinds, and a model that knows the first."""
+    kinds = {
+        "prior": "the a little big old red cat dog girl boy saw took liked found ball tree house cake",
+        "new": "el la una pequeña grande sesión comisión señor presidente informe europea propone aprueba debate",
+        "other": "thou thy hath doth lord king sword crown speak begone enter exeunt noble grave wherefore",
+    }
+    for seed, (kind, words) in enumerate(kinds.items()):
+        chance = random.Random(seed)
+        sentences = [" ".join(chance.choices(words.split(), k=7)) + "." for _ in range(2000)]
+        path = options.output / f"{kind}.txt"
+        path.write_text("\n".join(sentences), encoding="utf-8")
+        setattr(options, kind, str(path))
+    text = Text(options.prior)
+    pretraining = Pretraining(text, 32, 0, 100, 50, rows=QUICK.rows, length=QUICK.length, held_out=QUICK.held_out)
+    options.model = pool.submit(perform, pretraining, options.output).result()["kept"]["100"]
+
+
+def write(folder: Path, name: str, report: Report) -> None:
+    """A script's CSV file and picture."""
+    with atomic_write(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(report.rows[0]))
+        writer.writeheader()
+        writer.writerows(report.rows)
+    figure = Figure(figsize=report.size, layout="constrained")
+    report.draw(figure)
+    figure.savefig(folder / f"{name}.png", dpi=160)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Label the ticks of a logarithmic axis with numbers, which need no mathematical notation."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def fill(page: Path, region: str, text: str) -> None:
+    """Put text between ``<!-- region -->`` and ``<!-- end of region -->`` in a Markdown file, where it has them."""
+    begin, end = f"<!-- {region} -->", f"<!-- end of {region} -->"
+    old = page.read_text(encoding="utf-8")
+    new = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
+    page.write_text(new, encoding="utf-8")
+
+
+def cell(values: Iterable[float], form: str = "+.3f") -> str:
+    """Mean and half the distance of the extremes; what is not a number is counted and left out."""
+    values = list(values)
+    known = [value for value in values if value == value]
+    if not known:
+        return "not reached"
+    spread = format((max(known) - min(known)) / 2, form.lstrip("+"))
+    note = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    return f"{mean(known):{form}} ± {spread}{note}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

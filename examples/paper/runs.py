@@ -1,0 +1,423 @@
+"""The runs that the scripts of this folder are made of: models trained from scratch, and finetuned on new text.
+
+A run is a dataclass that holds all that it depends on; what it gives is plain numbers, for a JSON file.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
+from lightning_replay.demo import learn_sequence, quiet_lightning, replay_of
+
+
+@dataclass(frozen=True)
+class Text:
+    """A local file or a dataset on the hub, as :class:`TextDataModule` reads it."""
+
+    data: str
+    column: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured after some optimizer steps of a finetuning.
+
+    Attributes:
+        step: Optimizer steps so far.
+        seconds: Wall-clock time of training and sampling, without that of measuring.
+        cpu_seconds: The same in time of the process, which others on the same cores don't lengthen.
+        sampled_rows: Replay rows sampled so far.
+        prior_loss: Loss on held-out prior text, in nats a token.
+        prior_kl: KL divergence from the model before finetuning there, in nats a token.
+        new_loss: Loss on held-out new text, in nats a token.
+        new_kl: KL divergence from the model before finetuning there, in nats a token.
+    """
+
+    step: int
+    seconds: float
+    cpu_seconds: float
+    sampled_rows: int
+    prior_loss: float
+    prior_kl: float
+    new_loss: float
+    new_kl: float
+
+
+Trajectory = list[Point]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run depends on."""
+
+    @property
+    def key(self) -> str:
+        """A name for the run, the same for the same settings."""
+        settings = json.dumps({"kind": type(self).__name__, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Train; files go to the folder of all runs."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Finetuning(Run):
+    """A language model finetuned on new text while prior text is watched.
+
+    Attributes:
+        model: Hub name or folder of the model; a relative folder may be one within the folder of all runs.
+        prior: Text that the model knows.
+        new: Text to finetune on.
+        seed: Of the order of the new rows, of the samples and of the weights of adapters.
+        learning_rate: AdamW's, constant.
+        steps: Optimizer steps at most.
+        every: Steps between measurements; in the beginning, a fifth of that.
+        until: The new-task loss to stop at, if any.
+        replay: Arguments of :class:`SelfGeneratedReplay`; None for no replay.
+        replayed: Text to replay instead of samples.
+        replay_fraction: Share of replay rows in a mixed batch.
+        lora_rank: Rank of an adapter to train instead of the weights.
+        rows: New rows in a batch.
+        length: Tokens in a row.
+        held_out: Rows of each text to measure on.
+    """
+
+    model: str
+    prior: Text
+    new: Text
+    seed: int
+    learning_rate: float
+    steps: int
+    every: int
+    until: float | None = None
+    replay: Mapping[str, Any] | None = None
+    replayed: Text | None = None
+    replay_fraction: float = 0.2
+    lora_rank: int | None = None
+    rows: int = 16
+    length: int = 128
+    held_out: int = 128
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Train; returns ``points``, as :class:`Point` has them."""
+        model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
+        new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
+        sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
+        replay = None if self.replay is None else SelfGeneratedReplay(**self.replay)
+        real = None
+        if self.replayed is not None:
+            real = packed(self.replayed, model, self.rows, self.length).train_dataloader()
+        L.seed_everything(self.seed, verbose=False)
+        module = CausalLM(self._network(model), self.learning_rate, schedule="constant")
+        data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
+        recorder = Recorder(sets, self.every, "new", self.until)
+        train(module, data, recorder, self.steps, replay)
+        return {"points": recorder.points}
+
+    def _network(self, model: str) -> Any:
+        if self.lora_rank is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        return get_peft_model(
+            base, LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules="all-linear")
+        )
+
+
+@dataclass(frozen=True)
+class Pretraining(Run):
+    """A small Llama trained from scratch on text, read byte by byte.
+
+    Attributes:
+        text: What to train on.
+        width: Of its two layers.
+        seed: Of the weights and of the order of the rows.
+        steps: Optimizer steps at most.
+        every: Steps between measurements; in the beginning, a fifth of that.
+        keep: Steps at which the weights are kept; the last ones are kept in any case.
+        until: The held-out loss to stop at, if any.
+        learning_rate: AdamW's, constant after a warm-up.
+        rows: Rows in a batch.
+        length: Tokens in a row.
+        held_out: Rows to measure on.
+    """
+
+    text: Text
+    width: int
+    seed: int
+    steps: int
+    every: int
+    keep: tuple[int, ...] = ()
+    until: float | None = None
+    learning_rate: float = 5e-3
+    rows: int = 16
+    length: int = 128
+    held_out: int = 128
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a batch."""
+        return self.rows * self.length
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self.network().parameters())
+
+    def network(self) -> LlamaForCausalLM:
+        """The model with fresh weights."""
+        config = LlamaConfig(
+            vocab_size=len(bytes_tokenizer()),
+            hidden_size=self.width,
+            intermediate_size=2 * self.width,
+            num_hidden_layers=2,
+            num_attention_heads=max(2, self.width // 32),
+            max_position_embeddings=2 * self.length,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        return LlamaForCausalLM(config)
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Train; returns ``points`` with step and loss and, by step, the ``kept`` models."""
+        data = packed(self.text, "", self.rows, self.length)
+        L.seed_everything(self.seed, verbose=False)
+        module = CausalLM(
+            self.network(), self.learning_rate, warmup_steps=min(100, self.steps // 10), schedule="constant"
+        )
+        sets = {"prior": held_out_rows(data, self.held_out)}
+        recorder = Recorder(sets, self.every, "prior", self.until, kl=False)
+        keeper = Keeper(folder, f"models/{self.key}", self.keep)
+        train(module, ReplayDataModule(data, 0.0), recorder, self.steps, keeper)
+        return {"points": recorder.points, "kept": keeper.kept}
+
+
+@dataclass(frozen=True)
+class TaskSequence(Run):
+    """The demo's tasks learned one after another, without and with self-generated replay.
+
+    Attributes:
+        seed: Of the weights, the problems and the samples.
+        steps: Optimizer steps of each task but the first.
+        first_steps: Optimizer steps of the first task at most.
+    """
+
+    seed: int
+    steps: int
+    first_steps: int
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Train; returns the figures of the demo and its curves, by arm."""
+        with open(os.devnull, "w") as nowhere:
+            runs = learn_sequence(
+                {"without_replay": None, "with_replay": replay_of},
+                self.seed,
+                Console(file=nowhere),
+                self.steps,
+                self.first_steps,
+            )
+        return {
+            arm: run.summary() | {"steps": run.steps, "curves": run.curves, "ends": run.ends}
+            for arm, run in runs.items()
+        }
+
+
+class Recorder(ForgettingMonitor):
+    """Keeps what it measures, each time with the seconds of training so far, and stops the run at a level.
+
+    Args:
+        sets: Held-out sets by name.
+        every: Optimizer steps between measurements; in the beginning, where losses fall fast, a fifth of that.
+        kl: Whether to measure KL divergences from the first model.
+        watched: The set whose loss ends the run.
+        until: The loss to stop at, if any.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, list[Any]], every: int, watched: str, until: float | None, kl: bool = True
+    ) -> None:
+        super().__init__(sets, max(1, every // 5), kl=kl)
+        self.every = every
+        self.watched = watched
+        self.until = until
+        self.points: list[dict[str, float]] = []
+        self._clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+        self._trained = dict.fromkeys(self._clocks, 0.0)
+        self._resumed_at: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure before the first step."""
+        super().on_train_start(trainer, pl_module)
+        self._record(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure when it is time, and stop the run where its level is reached."""
+        step = trainer.global_step
+        if step % self.every == 0 or (step < self.every and step % self.every_n_steps == 0):
+            self._stop_clocks()
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._record(trainer)
+            trainer.should_stop = self.until is not None and self.points[-1][f"{self.watched}_loss"] <= self.until
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure what the last step has led to."""
+        if trainer.global_step != self.points[-1]["step"]:
+            self._stop_clocks()
+            super().on_train_end(trainer, pl_module)
+            self._record(trainer)
+
+    def _stop_clocks(self) -> None:
+        for name, clock in self._clocks.items():
+            self._trained[name] += clock() - self._resumed_at[name]
+
+    def _record(self, trainer: L.Trainer) -> None:
+        """Keep what was measured, and let the clocks go on."""
+        values = trainer.callback_metrics
+        sampled = int(values.get("replay/rows_sampled", 0))
+        point = {"step": trainer.global_step, **self._trained, "sampled_rows": sampled}
+        for name in self.prior:
+            point[f"{name}_loss"] = float(values[f"prior_loss/{name}"])
+            if self.kl:
+                point[f"{name}_kl"] = float(values[f"prior_kl/{name}"])
+        self.points.append(point)
+        self._resumed_at = {name: clock() for name, clock in self._clocks.items()}
+
+
+class Keeper(Callback):
+    """Saves the model at some steps and at the end, with its tokenizer, as a folder that transformers reads.
+
+    Args:
+        folder: The folder of all runs.
+        name: Of this run's folder in it.
+        steps: When to save.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: Sequence[int]) -> None:
+        self.folder = folder
+        self.name = name
+        self.steps = steps
+        self.kept: dict[str, str] = {}
+        """By step, the model's folder within the folder of all runs."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is time."""
+        if trainer.global_step in self.steps:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last weights."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        name = f"{self.name}/{trainer.global_step}"
+        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module.model, LlamaForCausalLM)
+        pl_module.model.save_pretrained(self.folder / name)
+        bytes_tokenizer().save_pretrained(self.folder / name)
+        self.kept[str(trainer.global_step)] = name
+
+
+def train(
+    module: L.LightningModule, data: ReplayDataModule, recorder: Recorder, steps: int, callback: Callback | None
+) -> None:
+    """Fit on one CPU core, with nothing logged but what the recorder keeps."""
+    callbacks = [callback, recorder]
+    with quiet_lightning():
+        L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            limit_val_batches=0,
+            callbacks=[callback for callback in callbacks if callback is not None],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, datamodule=data)
+
+
+def prepare_worker() -> None:
+    """Make a process one that trains on one core, in silence: two of them do more than one on two cores."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@cache
+def packed(text: Text, model: str, rows: int, length: int) -> TextDataModule:
+    """Text in rows of tokens; for no model, of bytes. A process that does several runs reads it once."""
+    data = TextDataModule(
+        text.data,
+        model or bytes_tokenizer(),
+        length,
+        rows,
+        text_column=text.column,
+        document_separator=text.separator,
+    )
+    data.setup("fit")
+    return data
+
+
+def held_out_rows(data: TextDataModule, rows: int) -> list[Any]:
+    """Batches of the rows that are not trained on, the same ones each time."""
+    return list(islice(data.val_dataloader(), rows // data.batch_size))
+
+
+@cache
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes, and a token each for a document's beginning and end."""
+    special = ["<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
+
+
+def at_new_loss(trajectory: Sequence[Point], level: float, name: str) -> float:
+    """What a run measured where it passed a new-task loss, between two measurements by linear interpolation.
+
+    Args:
+        trajectory: What was measured, in order.
+        level: The new-task loss.
+        name: The attribute of :class:`Point` that is asked for.
+
+    Returns:
+        The value at the first passage; NaN where the run begins below the level or doesn't come so far.
+    """
+    for before, after in pairwise(trajectory):
+        if after.new_loss <= level <= before.new_loss:
+            way = (before.new_loss - level) / (before.new_loss - after.new_loss)
+            first, last = getattr(before, name), getattr(after, name)
+            return float(first + way * (last - first))
+    return float("nan")
+
+
+def forgetting(trajectory: Sequence[Point], level: float | None = None) -> float:
+    """Rise of the prior loss since the first measurement, at the end or where a run passed a new-task loss."""
+    loss = trajectory[-1].prior_loss if level is None else at_new_loss(trajectory, level, "prior_loss")
+    return loss - trajectory[0].prior_loss

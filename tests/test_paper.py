@@ -1,0 +1,137 @@
+"""The scripts that try the paper's claims."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from arms import PLAIN, at_one_loss, difference, loss_after, removed
+from experiments import cell, fill, perform
+from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
+
+PAPER = Path(__file__).parents[1] / "examples" / "paper"
+
+
+def trajectory(*losses: tuple[float, float]) -> Trajectory:
+    """Points 10 steps apart with these new-task and prior losses."""
+    return [Point(10 * i, float(i), float(i), 0, prior, 0.0, new, 0.0) for i, (new, prior) in enumerate(losses)]
+
+
+def test_a_value_at_a_new_task_loss_lies_between_the_measurements_around_it() -> None:
+    run = trajectory((8.0, 3.0), (6.0, 3.2), (4.0, 4.0), (5.0, 9.0), (3.0, 5.0))
+    assert at_new_loss(run, 5.0, "prior_loss") == pytest.approx(3.6)  # half the way, and the first passage counts
+    assert at_new_loss(run, 4.5, "step") == pytest.approx(17.5)
+    assert forgetting(run, 5.0) == pytest.approx(0.6)
+    assert forgetting(run) == pytest.approx(2.0)
+    assert at_new_loss(run, 2.0, "prior_loss") != at_new_loss(run, 2.0, "prior_loss")  # never reached
+    assert loss_after(run, 5.0) == pytest.approx(7.0)
+
+
+def test_arms_are_compared_at_the_lowest_new_task_loss_that_both_reach() -> None:
+    plain = trajectory((8.0, 3.0), (4.0, 4.0), (2.0, 5.0))
+    slow = trajectory((8.0, 3.0), (5.0, 3.1), (3.0, 3.3))
+    assert at_one_loss([slow], [plain])[0] == pytest.approx((0.3, 1.5))
+    assert removed([slow], [plain]) == [pytest.approx(0.8)]
+    assert difference([plain], [slow]) == [pytest.approx(1.2)]
+
+
+def test_cells_hold_mean_and_half_the_distance_of_the_extremes() -> None:
+    assert cell([1.0, 2.0, 4.5], ".1f") == "2.5 ± 1.8"
+    assert cell([0.5, float("nan")]) == "+0.500 ± 0.000 (1 of 2)"
+    assert cell([float("nan")]) == "not reached"
+
+
+def test_a_region_of_a_page_is_filled_and_the_rest_stays(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n")
+    fill(page, "a", "new \\1")
+    fill(page, "b", "nowhere")
+    assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- end of a -->\nafter\n"
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path) -> Pretraining:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 200)
+    return Pretraining(Text(str(text)), 16, 0, 40, 5, rows=8, length=32, held_out=8)
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path, pretraining: Pretraining) -> None:
+    result = perform(pretraining, tmp_path)
+    (file,) = (tmp_path / "runs").iterdir()
+    assert json.loads(file.read_text()) == result
+    file.write_text('{"points": "kept"}')
+    assert perform(pretraining, tmp_path) == {"points": "kept"}
+    assert replace(pretraining, seed=1).key != pretraining.key
+
+
+def test_a_run_ends_at_the_first_measurement_at_its_level(tmp_path: Path, pretraining: Pretraining) -> None:
+    losses = {point["step"]: point["prior_loss"] for point in pretraining.run(tmp_path)["points"]}
+    level = (losses[15] + losses[20]) / 2
+    ended = replace(pretraining, until=level).run(tmp_path)
+    assert [point["step"] for point in ended["points"]] == [0, 1, 2, 3, 4, 5, 10, 15, 20]
+    assert list(ended["kept"]) == ["20"]
+    new = replace(pretraining.text, data=str(tmp_path / "new.txt"))
+    Path(new.data).write_text("el gato está en la mesa. " * 200)
+    finetuning = Finetuning(ended["kept"]["20"], pretraining.text, new, 0, 1e-3, 5, 5, rows=8, length=32, held_out=8)
+    first = finetuning.run(tmp_path)["points"][0]
+    assert first["prior_loss"] == pytest.approx(losses[20])  # the model that was kept
+    assert first["prior_kl"] == 0
+
+
+@pytest.mark.slow
+def test_replay_removes_nearly_all_forgetting_of_a_pretrained_model(real_data: Path, tmp_path: Path) -> None:
+    text = real_data / "text"
+    plain = Finetuning(
+        str(real_data / "tinystories-656k"),
+        Text(str(text / "tinystories.txt"), separator="<|endoftext|>"),
+        Text(str(text / "europarl.es.txt")),
+        seed=0,
+        learning_rate=1e-3,
+        steps=100,
+        every=25,
+        held_out=96,
+    )
+    replayed = replace(plain, replay={"loss": "kl", "coefficient": 10.0})
+    ours, theirs = ([Point(**point) for point in run.run(tmp_path)["points"]] for run in (replayed, plain))
+    (pair,) = at_one_loss([ours], [theirs])
+    assert pair[1] > 0.3
+    assert 1 - pair[0] / pair[1] >= 0.95
+
+
+@pytest.mark.slow
+def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- paper results -->\n<!-- end of paper results -->\n")
+    command = [sys.executable, str(PAPER / "run_all.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run([*command, "--fill", str(page)], check=True)
+
+    lines = {path.stem: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
+    names = ["capacity", "coefficients", "drift", "learning_rate", "methods", "other_text", "task_sequence"]
+    assert sorted(lines) == names
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == names
+    assert all(f"[`{name}.py`]" in page.read_text() for name in names)
+    assert [line["step"] for line in lines["methods"] if line["arm"] == PLAIN] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "10",
+        "15",
+    ]
+    assert len({line["arm"] for line in lines["methods"]}) == 8
+    assert len({line["arm"] for line in lines["other_text"]}) == 7
+    assert len({line["arm"] for line in lines["coefficients"]}) == 11
+    assert {line["width"] for line in lines["capacity"]} == {"16", "32"}
+    assert {line["coefficient"] for line in lines["capacity"]} == {"0.0", "0.3", "1.0", "3.0", "10.0"}
+    assert {line["replay_fraction"] for line in lines["learning_rate"]} == {"0.0", "0.05", "0.1", "0.2"}
+    assert [line["arm"] for line in lines["task_sequence"]] == ["no replay", "self-generated replay"]
+    ends = {line["run"]: float(line["forgetting"]) for line in lines["drift"]}
+    for arm in ("KL × 10", PLAIN):
+        losses = [float(line["prior_loss"]) for line in lines["methods"] if line["arm"] == arm]
+        assert ends[arm] == pytest.approx(losses[-1] - losses[0])
