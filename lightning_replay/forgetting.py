@@ -40,7 +40,7 @@ class ForgettingMonitor(Callback):
     - ``prior_accuracy/<name>``: share of next tokens that the model thinks most likely.
     - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
 
-    ``forgetting/seconds`` is the time spent on all of this so far.
+    ``forgetting/seconds`` is the time that all monitors of the Trainer have spent on this so far.
 
     Note:
         Several processes read every set in the same order, each evaluates its share of the batches, and all know the
@@ -224,8 +224,13 @@ class ForgettingMonitor(Callback):
                 torch.manual_seed(0)  # a loader that shuffles does so alike in every process
             for name in self.prior:
                 values |= self._evaluate(trainer, pl_module, name)
-        self.seconds += time.perf_counter() - started
-        values["forgetting/seconds"] = self.seconds
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        values["forgetting/seconds"] = sum(each.seconds for each in callbacks if isinstance(each, ForgettingMonitor))
+        for callback in callbacks:
+            if isinstance(callback, SelfGeneratedReplay):
+                callback.monitoring_seconds += elapsed
         self._measured_at = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

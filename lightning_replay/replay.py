@@ -144,6 +144,10 @@ class SelfGeneratedReplay(Callback):
         previews: How many samples of each refill to log as text.
         seed: Seed of sampling. By default the global seed at the first fit.
 
+    Attributes:
+        monitoring_seconds: What the :class:`~lightning_replay.ForgettingMonitor` callbacks of the Trainer have taken in
+            this fit; they add to it.
+
     Raises:
         ValueError: If an argument is out of its range.
         MisconfigurationException: Before the first step, if the run can't work: no ``ReplayDataModule``, manual
@@ -259,6 +263,7 @@ class SelfGeneratedReplay(Callback):
         self._data: ReplayDataModule | None = None
         self._followed_step: int | None = None
         self._checkpoint_loaded = False
+        self.monitoring_seconds = 0.0
         self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], None]] = []
 
@@ -269,7 +274,7 @@ class SelfGeneratedReplay(Callback):
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self.reference.begin_fit(trainer)
-        self._followed_step, self._checkpoint_loaded = None, False
+        self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
         self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
         if self._data is None or self._data.replay_fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
@@ -365,7 +370,6 @@ class SelfGeneratedReplay(Callback):
         if self._model is None:
             return
         total, sampling, loss = (now - then for now, then in zip(self._seconds_so_far(), self._began, strict=True))
-        monitoring = float(trainer.callback_metrics.get("forgetting/seconds", 0.0))
         line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
         if self._data is not None:
             rows = self.refiller.generator.rows - self._rows_before
@@ -374,7 +378,7 @@ class SelfGeneratedReplay(Callback):
                 f", {sampling / total:.1%} into sampling {rows * length:,} tokens; trained on "
                 f"{self._data.new_tokens:,} new and {self._data.replay_tokens:,} replayed tokens"
             )
-        rank_zero_info(f"{line}; monitoring took {monitoring / total:.1%}.")
+        rank_zero_info(f"{line}; monitoring took {self.monitoring_seconds / total:.1%}.")
 
     @override
     def on_save_checkpoint(

@@ -119,6 +119,17 @@ def test_the_fit_ends_with_what_replay_cost(tiny_llama: Make, caplog: pytest.Log
         assert float(share) / 100 * float(total) == pytest.approx(spent, rel=0.2, abs=0.05)
 
 
+def test_each_fit_counts_what_its_own_monitors_took(tiny_llama: Make) -> None:
+    monitors = [ForgettingMonitor({name: mapping_loader(16)}) for name in ("stories", "news")]
+    replay, before = SelfGeneratedReplay(), 0.0
+    for _ in range(2):
+        _, _, trainer, _ = run(tiny_llama(), replay, *monitors)
+        spent = sum(monitor.seconds for monitor in monitors)
+        assert float(trainer.callback_metrics["forgetting/seconds"]) == pytest.approx(spent)
+        assert replay.monitoring_seconds == pytest.approx(spent - before)
+        before = spent
+
+
 def test_a_buffer_takes_four_bytes_a_token_and_six_a_cached_log_probability() -> None:
     plain, cached = ReplayBuffer(1000, 512), ReplayBuffer(1000, 512, top_k=64)
     assert plain.nbytes / (1000 * 512) == pytest.approx(4, abs=0.05)
