@@ -121,8 +121,8 @@ class ReplayDataModule(pl.LightningDataModule):
             raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
         if buffer is not None and not isinstance(buffer, (ReplayBuffer, ReplayShards, str, Path)):
             raise TypeError(
-                f"`buffer` is a ReplayBuffer or a folder of generated rows; got {type(buffer).__name__}. Pass your rows "
-                "as `prior`."
+                f"`buffer` is a ReplayBuffer or a folder of generated rows; got {type(buffer).__name__}. Pass your "
+                "rows as `prior`."
             )
         if to_batch is not None and not callable(to_batch):
             raise TypeError(f"`to_batch` is a function of the batch and the ReplayRows; got {to_batch!r}.")

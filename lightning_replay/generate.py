@@ -1,11 +1,12 @@
 """Generating replay rows ahead of training, in this process or on a Ray cluster."""
 
+import argparse
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,9 +23,10 @@ from lightning_replay.language_model import evaluating, find_language_model, wei
 from lightning_replay.prompts import PromptsLike
 from lightning_replay.shards import Manifest, ShardFile, shard_name, write_shard
 
-__all__ = ["Engine", "Generated", "RowOptions", "ShardMaker", "generate_rows"]
+__all__ = ["Engine", "Generated", "RowOptions", "ShardMaker", "add_command", "generate_rows", "run_command"]
 
 Engine = Literal["local", "ray"]
+_ENGINE_OPTIONS = ("engine", "actors", "threads", "ray_address", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,11 @@ class RowOptions:
         """How many shards there will be."""
         return -(-self.rows // self.shard_rows)
 
-    @property
-    def on_device(self) -> torch.device:
-        """Where the model runs."""
+    def here(self) -> "RowOptions":
+        """The same with the device that ``"auto"`` stands for in this process."""
         if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return self
+        return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,13 @@ class ShardMaker:
         MisconfigurationException: If the samples don't fit the model.
     """
 
-    def __init__(
-        self, options: RowOptions, batch_size: int | None = None, device: torch.device | None = None
-    ) -> None:
-        self.options = options
+    def __init__(self, options: RowOptions, batch_size: int | None = None, device: str | None = None) -> None:
+        self.options = options = options.here()
         trust = {"trust_remote_code": options.trust_remote_code}
         with isolate_rng():
             module = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **trust)
         self.tokenizer = _tokenizer(options)
-        self._model = find_language_model(CausalLM(module).to(device or options.on_device), "model")
+        self._model = find_language_model(CausalLM(module).to(device or options.device), "model")
         self._generator = RowGenerator(
             options.prompts,
             options.sample_length,
@@ -151,11 +150,13 @@ class ShardMaker:
 
     def settings(self) -> dict[str, Any]:
         """What the manifest says of the rows: equal settings make equal rows."""
-        chosen = {name: value for name, value in vars(self.options).items() if name not in ("model", "trust_remote_code")}
+        chosen = {
+            name: value for name, value in vars(self.options).items() if name not in ("model", "trust_remote_code")
+        }
         prompts = self.options.prompts
         vocabulary = None if self.tokenizer is None else sorted(self.tokenizer.get_vocab().items())
         return chosen | {
-            "device": self.options.on_device.type,
+            "device": torch.device(self.options.device).type,
             "prompts": prompts if prompts is None or prompts == "chat" else _digest(list(prompts)),
             "model_hash": weights_hash(self._model.module),
             "vocabulary": self._model.vocabulary,
@@ -179,9 +180,7 @@ class ShardMaker:
         with evaluating(self._model.module):
             made, _ = generator.generate(self._model, rows, options.sequence_length, options.seed, progress)
             if options.reference_top_k:
-                made = cache_reference(
-                    self._model, made, options.reference_top_k, options.divergence_temperature
-                )
+                made = cache_reference(self._model, made, options.reference_top_k, options.divergence_temperature)
         self._generator.batch_size = generator.batch_size
         return write_shard(folder / shard_name(number, options.planned), made)
 
@@ -228,9 +227,10 @@ def generate_rows(
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     # Under Ray this process only finds out what the model is, and may be where no accelerator is.
-    maker = ShardMaker(options, batch_size, torch.device("cpu") if engine == "ray" else None)
+    options = options.here()
+    maker = ShardMaker(options, batch_size, "cpu" if engine == "ray" else None)
     manifest = _begun(folder, maker.settings(), options)
-    here, missing, started = sum(shard.rows for shard in manifest.shards.values()), manifest.missing, time.perf_counter()
+    here, missing, started = manifest.rows, manifest.missing, time.perf_counter()
     with tqdm(total=options.rows, initial=here, desc="Generating", unit=" rows", disable=None) as bar:
         if engine == "ray":
             del maker
@@ -240,10 +240,9 @@ def generate_rows(
         for number, shard in shards:
             manifest.shards[number] = shard
             manifest.write(folder)
-            bar.n = sum(shard.rows for shard in manifest.shards.values())
+            bar.n = manifest.rows
             bar.refresh()
-    rows = sum(shard.rows for shard in manifest.shards.values())
-    return Generated(rows, rows - here, time.perf_counter() - started)
+    return Generated(manifest.rows, manifest.rows - here, time.perf_counter() - started)
 
 
 def _begun(folder: Path, settings: dict[str, Any], options: RowOptions) -> Manifest:
@@ -252,7 +251,6 @@ def _begun(folder: Path, settings: dict[str, Any], options: RowOptions) -> Manif
     Raises:
         ValueError: If what is there was made with other settings.
     """
-    settings = json.loads(json.dumps(settings))
     about = {"model": options.model, "made_with": f"lightning-replay {lightning_replay.__version__}"}
     about["made_with"] += f", torch {torch.__version__}"
     try:
@@ -261,16 +259,20 @@ def _begun(folder: Path, settings: dict[str, Any], options: RowOptions) -> Manif
         manifest = Manifest(settings, about, {})
         manifest.write(folder)
         return manifest
-    names = sorted({*settings, *manifest.settings})
-    other = [name for name in names if settings.get(name) != manifest.settings.get(name)]
+    other = _differences(manifest.settings, settings)
     if other:
-        differences = ", ".join(f"{name} {manifest.settings.get(name)!r}, now {settings.get(name)!r}" for name in other)
         raise ValueError(
-            f"{folder} holds rows that were generated with other settings: {differences}. Use the same, or another "
-            "folder."
+            f"{folder} holds rows that were generated with other settings: {other}. Use the same, or another folder."
         )
     manifest.shards = {number: shard for number, shard in manifest.shards.items() if shard.is_whole(folder)}
     return manifest
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """In what two settings differ."""
+    ours = json.loads(json.dumps(ours))
+    other = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in other)
 
 
 def _here(
@@ -303,15 +305,15 @@ class _ShardActor:
     """Makes shards in a process of its own."""
 
     def __init__(
-        self, options: RowOptions, folder: str, model_hash: str, batch_size: int | None, threads: int
+        self, options: RowOptions, folder: str, settings: dict[str, Any], batch_size: int | None, threads: int
     ) -> None:
         torch.set_num_threads(threads)
         self._maker, self._folder = ShardMaker(options, batch_size), Path(folder)
-        found = self._maker.settings()["model_hash"]
-        if found != model_hash:
+        other = _differences(settings, self._maker.settings())
+        if other:
             raise ValueError(
-                f"{options.model} has weights of hash {found[:16]} here and {model_hash[:16]} where generating began. "
-                "Put the same model on all machines."
+                f"{options.model} is another model on this machine than where generating began: {other}. Put the same "
+                "model on all machines."
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -342,16 +344,15 @@ def _on_ray(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    on_gpu = options.on_device.type == "cuda"
     # A block for each shard, so that a shard is reported as soon as it is made. Ray Data starts lost actors anew.
     shards = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     made = shards.map_batches(
         _ShardActor,
-        fn_constructor_args=(options, str(folder), manifest.settings["model_hash"], batch_size, threads),
+        fn_constructor_args=(options, str(folder), manifest.settings, batch_size, threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbers))),
         num_cpus=threads,
-        num_gpus=1 if on_gpu else 0,
+        num_gpus=int(options.device.startswith("cuda")),
     )
     for row in made.iter_rows():
         number = row.pop("number")
@@ -368,3 +369,55 @@ def _tokenizer(options: RowOptions) -> Any:
 
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def add_command(commands: Any) -> None:
+    """Add ``generate`` to the subcommands of an argument parser."""
+    parser = commands.add_parser(
+        "generate",
+        help="write replay rows that a model generates to a folder, here or on a Ray cluster",
+        description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). Run again "
+        "after an interruption, it goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="hub name or local folder of the model")
+    add("--rows", type=int, required=True, help="how many rows")
+    add("--output", type=Path, required=True, help="folder for the rows; all machines have to see it")
+    add("--engine", choices=get_args(Engine), default="local", help="this process, or actors of Ray Data")
+    add("--actors", type=int, default=2, help="actors, each with a model")
+    add("--threads", type=int, help="of each process, by default 1 for an actor, else torch's")
+    add("--ray-address", help="cluster to connect to, by default the one that Ray finds")
+    add("--batch-size", type=int, help="samples decoded at a time, by default as memory allows")
+    add("--shard-rows", type=int, default=RowOptions.shard_rows, help="rows in a file")
+    add("--sequence-length", type=int, default=RowOptions.sequence_length, help="tokens in a row")
+    add("--sample-length", type=int, help="tokens sampled in one piece, by default two rows")
+    add("--prompts", help="'chat', or a file with a text on each line; by default the start token")
+    add("--temperature", type=float, default=RowOptions.temperature, help="sampling temperature")
+    add("--top-k", type=int, help="sample from the likeliest tokens alone")
+    add("--top-p", type=float, help="sample from the likeliest tokens of this probability")
+    add("--min-p", type=float, help="sample from tokens of this share of the likeliest one's probability")
+    add("--stop-at-eos", action="store_true", help="let the end token end a sample")
+    add("--seed", type=int, default=RowOptions.seed, help="seed of sampling")
+    add(
+        "--reference-top-k",
+        type=int,
+        default=RowOptions.reference_top_k,
+        help="log-probabilities to keep of each token",
+    )
+    add("--divergence-temperature", type=float, default=RowOptions.divergence_temperature, help="divides their logits")
+    add("--dtype", default=RowOptions.dtype, help="type to compute in")
+    add("--device", default=RowOptions.device, help="where the model runs: cuda where there is one")
+    add("--trust-remote-code", action="store_true", help="execute code that comes with the model")
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Generate what the arguments of the subcommand say, and print what was done."""
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    how = {name: given.pop(name) for name in ("output", *_ENGINE_OPTIONS) if name in given}
+    if given.get("prompts", "chat") != "chat":
+        given["prompts"] = [line for line in Path(given["prompts"]).read_text().splitlines() if line.strip()]
+    done = generate_rows(RowOptions(**given), **how)
+    speed = f" in {done.seconds:,.1f} s ({done.new_rows / done.seconds:,.1f} rows/s)" if done.new_rows else ""
+    print(f"{how['output']} holds {done.rows:,} rows, {done.new_rows:,} of them made now{speed}.")

@@ -451,9 +451,7 @@ class SelfGeneratedReplay(Callback):
             return
         top_k = self.reference_top_k if data.shards is None else data.shards.top_k
         with isolate_rng(), source.active() as active:
-            data.prior = prior.with_cache(
-                lambda rows: cache_reference(active, rows, top_k, self.refiller.temperature)
-            )
+            data.prior = prior.with_cache(lambda rows: cache_reference(active, rows, top_k, self.refiller.temperature))
 
     def _check_shards(self, trainer: pl.Trainer, model: LanguageModel, shards: ReplayShards) -> None:
         """Refuse a folder of rows that this run can't use, or whose rows are not the reference's."""

@@ -70,6 +70,11 @@ class Manifest:
         return -(-int(self.settings["rows"]) // int(self.settings["shard_rows"]))
 
     @property
+    def rows(self) -> int:
+        """How many rows the finished shards hold."""
+        return sum(shard.rows for shard in self.shards.values())
+
+    @property
     def missing(self) -> list[int]:
         """The numbers of those that are not finished."""
         return [number for number in range(self.planned) if number not in self.shards]
@@ -104,7 +109,9 @@ class Manifest:
             shards = {int(number): ShardFile(**shard) for number, shard in said["shards"].items()}
             return cls(dict(said["settings"]), dict(said["about"]), shards)
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON can be anything
-            raise ValueError(f"{path} is not the manifest of a folder of rows: {type(error).__name__}: {error}.") from error
+            raise ValueError(
+                f"{path} is not the manifest of a folder of rows: {type(error).__name__}: {error}."
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
@@ -177,7 +184,7 @@ class ReplayShards:
 
     def __len__(self) -> int:
         """The number of rows in the folder."""
-        return sum(shard.rows for shard in self.manifest.shards.values())
+        return self.manifest.rows
 
     @property
     def length(self) -> int:
@@ -245,8 +252,8 @@ class ReplayShards:
             )
         if length not in (None, self.length):
             raise MisconfigurationException(
-                f"`sequence_length={length}`, but the rows in {self.folder} have {self.length} tokens. Leave it out, or "
-                f"generate rows with `--sequence-length {length}`."
+                f"`sequence_length={length}`, but the rows in {self.folder} have {self.length} tokens. Leave it out, "
+                f"or generate rows with `--sequence-length {length}`."
             )
         if cached_temperature is not None and not self.top_k:
             raise MisconfigurationException(
@@ -272,7 +279,10 @@ class ReplayShards:
             MisconfigurationException: If vocabulary, context or weights are others.
         """
         name = type(model.module).__name__
-        settings, anew = self.manifest.settings, "Generate rows with the model that you train: `lightning-replay generate`."
+        settings, anew = (
+            self.manifest.settings,
+            "Generate rows with the model that you train: `lightning-replay generate`.",
+        )
         if self.vocabulary != model.vocabulary:
             raise MisconfigurationException(
                 f"The rows in {self.folder} come from a model with a vocabulary of {self.vocabulary}, but {name} has "
