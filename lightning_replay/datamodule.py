@@ -376,7 +376,7 @@ class ReplayDataModule(pl.LightningDataModule):
         rows = self.processes.together(shards.next_rows)
         assert rows.uses is not None
         if self.buffer is None:
-            self.buffer = ReplayBuffer(shards.read_rows, shards.length, seed=shards.order_seed, top_k=shards.top_k)
+            self.buffer = ReplayBuffer(shards.read_rows, shards.length, seed=shards.order_seed, top_k=shards.top_k_read)
         step = 0 if self.trainer is None else self.trainer.global_step
         self.buffer.add(rows, step=step, uses=rows.uses * (self.uses_per_sample or 1))
 

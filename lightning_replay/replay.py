@@ -469,6 +469,7 @@ class SelfGeneratedReplay(Callback):
         kept = self.reference.since == "first" and self._compared == shards.manifest.identity
         shards.check_fits(model, adapter_is_idle(model), known=trainer.ckpt_path is not None or kept)
         self._compared = shards.manifest.identity
+        shards.with_log_probs = self._caches
 
     def _check_fit(self, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule) -> None:
         """Refuse samples that the model has no room or no tokens for."""

@@ -138,6 +138,7 @@ class ReplayShards:
     Attributes:
         manifest: What the folder holds.
         position: How many rows have been read so far, in all rounds.
+        with_log_probs: Whether the log-probabilities kept with the rows are read as well.
 
     Raises:
         FileNotFoundError: If the folder has no manifest, or lacks a shard.
@@ -168,6 +169,7 @@ class ReplayShards:
         self.check_model = check_model
         self.manifest = Manifest.read(self.folder)
         self.position = 0
+        self.with_log_probs = False
         again = "Run `lightning-replay generate` again with the same settings: it writes what is missing."
         if self.manifest.missing:
             raise ValueError(
@@ -200,6 +202,11 @@ class ReplayShards:
     def top_k(self) -> int:
         """How many of its log-probabilities are kept with each position; 0 for none."""
         return int(self.manifest.settings["reference_top_k"])
+
+    @property
+    def top_k_read(self) -> int:
+        """How many of them are read; 0 for none."""
+        return self.top_k if self.with_log_probs else 0
 
     @property
     def temperature(self) -> float:
@@ -341,7 +348,7 @@ class ReplayShards:
         for start, shard in zip(starts, shards, strict=False):
             inside = slice(max(first, start) - start, min(last, start + shard.rows) - start)
             if inside.start < inside.stop:
-                parts.append(_read_shard(self.folder / shard.file, inside, self.length, self.top_k))
+                parts.append(_read_shard(self.folder / shard.file, inside, self.length, self.top_k_read))
         return parts
 
 
@@ -373,7 +380,8 @@ def _read_shard(path: Path, rows: slice, length: int, top_k: int) -> ReplayRows:
     try:
         with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             groups = range(rows.start // _GROUP, -(-rows.stop // _GROUP))
-            table = file.read_row_groups(list(groups))
+            names = ["tokens", "targets", "length", *(["top_ids", "top_log_probs"] if top_k else [])]
+            table = file.read_row_groups(list(groups), columns=names)
         tokens, lengths, targets = tokens_of(table, length)
         top_ids, top_log_probs = cached_of(table, length, top_k)
     except Exception as error:  # a file can be wrong in any way

@@ -41,6 +41,7 @@ def hashes(folder: Path) -> list[str]:
 def rows_of(folder: Path) -> Any:
     shards = ReplayShards(folder)
     assert shards.read_rows == len(shards)
+    shards.with_log_probs = True
     return shards.next_rows()
 
 
