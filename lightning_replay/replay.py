@@ -223,6 +223,11 @@ class SelfGeneratedReplay(Callback):
                 "`reference='cached'` keeps what the reference says of its own samples. Rows of "
                 f"{'the live model' if source == 'live' else 'the new task'} are not among them: use another reference."
             )
+        if source == "live" and getattr(sampler, "reference_only", False):
+            raise ValueError(
+                f"{type(sampler).__name__} samples a model whose weights stay as they are, and `source='live'` asks "
+                "for samples of the model as it trains. Use `source='reference'`."
+            )
         self.loss: Loss = loss
         self.source: Source = source
         self.reference_top_k = reference_top_k

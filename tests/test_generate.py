@@ -1,11 +1,10 @@
 """Rows that are generated ahead: the same whoever makes them, whole or not there."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,49 +193,6 @@ def test_the_command_says_what_it_did_and_ends_with_one_line_where_it_can_t(
         main([*arguments, "--sequence-length", "8", "--prompts", str(tmp_path / "prompts.txt")])
     assert ended.value.code == 1
     assert "Prompts that are texts need a tokenizer" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
-    pytest.importorskip("ray.data", reason="needs the extra `ray`")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_two_actors_one_of_them_killed_write_the_files_of_one_process(
-    cluster: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    psutil = pytest.importorskip("psutil")
-    several = options(model, 240)
-    generate_rows(several, tmp_path / "alone", threads=1)
-    killed: list[int] = []
-    write = Manifest.write
-
-    def write_and_kill(manifest: Manifest, folder: Path) -> None:
-        """As soon as a few shards are there, an actor is killed from outside."""
-        write(manifest, folder)
-        workers = [one for one in psutil.process_iter(["cmdline"]) if _is_worker(one)]
-        if len(manifest.shards) >= 3 and not killed and workers:
-            killed.append(workers[0].pid)
-            os.kill(workers[0].pid, signal.SIGKILL)
-
-    monkeypatch.setattr(Manifest, "write", write_and_kill)
-    done = generate_rows(several, tmp_path / "together", "ray", actors=2)
-    assert len(killed) == 1
-    assert not psutil.pid_exists(killed[0])
-    assert (done.rows, done.new_rows) == (240, 240)
-    assert hashes(tmp_path / "together") == hashes(tmp_path / "alone")
-    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == sorted(
-        file.name for file in (tmp_path / "alone").iterdir()
-    )
-
-
-def _is_worker(process: Any) -> bool:
-    mine = os.getpid() in [parent.pid for parent in process.parents()]
-    return mine and any("_ShardActor" in part for part in process.info["cmdline"] or [])
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:

@@ -248,6 +248,7 @@ def test_a_flipped_bit_is_found_when_its_rows_are_read(folder: Path) -> None:
     content[len(content) // 3] ^= 1
     file.write_bytes(content)
     shards = ReplayShards(folder)
+    shards.with_log_probs = True
     with pytest.raises(ValueError, match=r"can't be read: .* run `lightning-replay generate` again"):
         shards.next_rows()
 
