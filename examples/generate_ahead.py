@@ -90,7 +90,7 @@ def main() -> None:
     length, seed = options.sequence_length, options.seed
     wanted = RowOptions(options.model, options.rows, length, reference_top_k=64, seed=seed)
     made = generate_rows(wanted, rows, options.engine, options.actors)
-    generate_rows(RowOptions(options.model, 64, length, seed=seed + 1), held_out)
+    generate_rows(RowOptions(options.model, 64, length, sample_length=length, seed=seed + 1), held_out)
     print(f"{rows}: {made.rows:,} rows of {length} tokens, {made.new_rows / made.seconds:,.1f} rows/s")
 
     plain, replayed = (train(options, options.model, given, held_out) for given in (None, rows))

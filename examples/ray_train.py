@@ -73,7 +73,7 @@ def fit_on_ray(options: dict[str, Any]) -> dict[str, float]:
     trainer = TorchTrainer(
         worker,
         train_loop_config=options | {"batch_size": options["batch_size"] // options["workers"]},
-        scaling_config=ray.train.ScalingConfig(options["workers"], use_gpu=torch.cuda.is_available()),
+        scaling_config=ray.train.ScalingConfig(num_workers=options["workers"], use_gpu=torch.cuda.is_available()),
         run_config=ray.train.RunConfig(storage_path=str(Path(options["output"]).absolute() / "ray")),
     )
     metrics: dict[str, float] = trainer.fit().metrics

@@ -4,7 +4,7 @@
 
 Random-weight Llamas of 25 and 125 million parameters, and each model given, generate rows of 128 tokens in 32 bits on a
 single thread, without and with 64 cached log-probabilities a position. Prints a table: rows and tokens a second, the
-operations of sampling that come with them (2 a weight and token), and bytes of a row on disk. About ten minutes; --quick
+operations of sampling that come with them (2 a weight and token), and bytes of a row on disk. Ten minutes; --quick
 measures a tiny model in seconds.
 """
 
