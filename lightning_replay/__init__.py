@@ -4,6 +4,7 @@ from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.causal_lm import CausalLM
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.forgetting import ForgettingMonitor
+from lightning_replay.generate import RowOptions, generate_rows
 from lightning_replay.language_model import LanguageModel
 from lightning_replay.losses import (
     divergence_from_top_k,
@@ -26,6 +27,7 @@ from lightning_replay.metrics import (
 )
 from lightning_replay.replay import SelfGeneratedReplay
 from lightning_replay.sampling import sample_rows
+from lightning_replay.shards import ReplayShards
 from lightning_replay.text import TextDataModule
 
 __version__ = "0.1.0"
@@ -39,6 +41,8 @@ __all__ = [
     "ReplayBuffer",
     "ReplayDataModule",
     "ReplayRows",
+    "ReplayShards",
+    "RowOptions",
     "SelfGeneratedReplay",
     "TextDataModule",
     "TokenAccuracy",
@@ -50,6 +54,7 @@ __all__ = [
     "forgetting_measure",
     "forward_kl",
     "forward_transfer",
+    "generate_rows",
     "intransigence",
     "jensen_shannon",
     "next_token_loss",

@@ -177,7 +177,13 @@ class ReplayBuffer:
         """How many rows can be drawn until each has been ``uses`` times since rows were last added."""
         return max(0, len(self._deck) + (uses - 1 - self._passes) * len(self))
 
-    def add(self, rows: Tensor | ReplayRows, lengths: Tensor | None = None, step: int = 0) -> None:
+    def add(
+        self,
+        rows: Tensor | ReplayRows,
+        lengths: Tensor | None = None,
+        step: int = 0,
+        uses: Tensor | None = None,
+    ) -> None:
         """Store rows, in order: all of them or, where an exception such as Ctrl-C comes in between, none.
 
         Args:
@@ -185,6 +191,7 @@ class ReplayBuffer:
                 cached log-probabilities where they have them. Rows narrower than the buffer's are padded on the right.
             lengths: Real tokens in each row of a tensor, shape ``(rows,)``. All of the row if left out.
             step: The optimizer step at which they are added.
+            uses: How often each has been drawn before, shape ``(rows,)``; never, if left out.
 
         Raises:
             TypeError: If ``rows`` is neither a tensor nor :class:`ReplayRows`.
@@ -211,7 +218,7 @@ class ReplayBuffer:
         self._overwritten = slots, {name: getattr(self, f"_{name}")[slots] for name in ("uses", *ROWS)}
         self._tokens[slots] = torch.where(targets, tokens, ~tokens)
         self._lengths[slots] = rows.lengths.to(torch.int32)
-        self._uses[slots] = 0
+        self._uses[slots] = 0 if uses is None else uses.to(torch.int32)[kept]
         self._steps[slots] = step
         if rows.top_ids is not None and rows.top_log_probs is not None:
             self._top_ids[slots] = rows.top_ids.to(torch.int32)

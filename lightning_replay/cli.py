@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 import lightning_replay
+from lightning_replay import generate
 from lightning_replay.run_logs import NothingToReportError
 
 __all__ = ["main"]
@@ -30,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder with CSV or TensorBoard logs in it")
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="folder for the page")
     report.add_argument("--new-loss", metavar="KEY", help="key of the new task's loss; val/loss, else train/loss")
+    generate.add_command(commands)
     options = parser.parse_args(arguments)
 
     try:
@@ -37,10 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from lightning_replay.demo import demo as run_demo
 
             run_demo(options.output, options.seed)
+        elif options.command == "generate":
+            generate.run_command(options)
         else:
             from lightning_replay.report import report as write_report
 
             page, *pictures = write_report(options.runs, options.output, options.new_loss)
             print(f"Wrote {page} and {len(pictures)} pictures beside it.")
-    except (ModuleNotFoundError, NothingToReportError) as error:
+    except (ModuleNotFoundError, NothingToReportError, MisconfigurationException, ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")

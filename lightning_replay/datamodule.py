@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from lightning_replay.arguments import check_package, is_number, is_whole
 from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.processes import Processes
+from lightning_replay.shards import ReplayShards
 
 __all__ = ["ReplayDataModule"]
 
@@ -60,7 +62,9 @@ class ReplayDataModule(pl.LightningDataModule):
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
         buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
-            rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them.
+            rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them. Or a folder of rows that
+            ``lightning-replay generate`` wrote, or :class:`~lightning_replay.ReplayShards` of it: they are read as they
+            are needed, each is used once (or ``uses_per_sample`` times), and nothing is sampled.
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
             does, else on the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
@@ -73,7 +77,9 @@ class ReplayDataModule(pl.LightningDataModule):
         TypeError: If ``data`` is neither a datamodule nor iterable, or another argument is of a wrong type; in the
             fit, if ``to_batch`` returns something else than a batch.
         ValueError: If ``replay_fraction`` is outside [0, 1) or ``prior_share`` outside (0, 1], ``mode`` or
-            ``padding_side`` is unknown, or ``prior`` has no length; at the start of the fit, if ``prior`` holds no row.
+            ``padding_side`` is unknown, ``prior`` has no length, or a folder of rows is not whole; at the start of the
+            fit, if ``prior`` holds no row.
+        FileNotFoundError: If ``buffer`` is a folder without rows.
 
     Example:
         >>> import torch
@@ -87,7 +93,7 @@ class ReplayDataModule(pl.LightningDataModule):
         data: pl.LightningDataModule | Iterable[Any],
         replay_fraction: float = 0.2,
         mode: Mode = "append",
-        buffer: ReplayBuffer | None = None,
+        buffer: ReplayBuffer | ReplayShards | str | Path | None = None,
         prior: ReplayBuffer | Tensor | Iterable[Any] | None = None,
         prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
@@ -113,8 +119,11 @@ class ReplayDataModule(pl.LightningDataModule):
         check_package(data, "`data`")
         if not isinstance(data, (pl.LightningDataModule, Iterable)) or isinstance(data, str):
             raise TypeError(f"`data` is a LightningDataModule or a dataloader; got {type(data).__name__}.")
-        if buffer is not None and not isinstance(buffer, ReplayBuffer):
-            raise TypeError(f"`buffer` is a ReplayBuffer; got {type(buffer).__name__}. Pass your rows as `prior`.")
+        if buffer is not None and not isinstance(buffer, (ReplayBuffer, ReplayShards, str, Path)):
+            raise TypeError(
+                f"`buffer` is a ReplayBuffer or a folder of generated rows; got {type(buffer).__name__}. Pass your "
+                "rows as `prior`."
+            )
         if to_batch is not None and not callable(to_batch):
             raise TypeError(f"`to_batch` is a function of the batch and the ReplayRows; got {to_batch!r}.")
         _check_prior(prior)
@@ -122,7 +131,11 @@ class ReplayDataModule(pl.LightningDataModule):
         super().__init__()
         self.replay_fraction = replay_fraction
         self.mode: Mode = mode
-        self.buffer = buffer
+        if isinstance(buffer, (str, Path)):
+            buffer = ReplayShards(buffer)
+        self.shards = buffer if isinstance(buffer, ReplayShards) else None
+        """The folder that the buffer's rows come from, if any."""
+        self.buffer = buffer if isinstance(buffer, ReplayBuffer) else None
         self.prior_share = prior_share
         self.to_batch = to_batch
         self.save_buffer = save_buffer
@@ -205,6 +218,8 @@ class ReplayDataModule(pl.LightningDataModule):
             self.prior = _read(self._prior)
         if stage == "fit" and self.replay_fraction and self.trainer is not None:
             self._join_processes(self.trainer)
+        if stage == "fit" and self.shards is not None:
+            self.refill = self._read_on
         self.wrapped.setup(stage)
 
     @override
@@ -236,6 +251,7 @@ class ReplayDataModule(pl.LightningDataModule):
             "new_rows": self._new_rows,
             "replay_rows": self._replay_rows,
             "prior_rows": self._prior_rows,
+            "shards": None if self.shards is None else self.shards.state_dict(),
             # Rows can be read again; what a reference said of them can't.
             "prior": None if self.prior is None else self.prior.state_dict(rows=self.prior.top_k > 0),
             "wrapped": self.wrapped.state_dict(),
@@ -248,6 +264,15 @@ class ReplayDataModule(pl.LightningDataModule):
                 "The checkpoint was saved with `ReplayDataModule(save_buffer=False)`, so replay rows are sampled anew, "
                 "or are those that your own buffer holds: the run does not go on bit for bit as if it had not stopped."
             )
+        shards = state_dict.get("shards")
+        if (shards is None) != (self.shards is None):
+            raise MisconfigurationException(
+                f"The checkpoint's replay rows {'were sampled' if shards is None else 'came from a folder'}, and this "
+                f"run's {'are sampled' if self.shards is None else 'come from a folder'}. Resume with the `buffer` of "
+                "the run that saved it."
+            )
+        if self.shards is not None and shards is not None:
+            self.shards.load_state_dict(shards)
         if state_dict["buffer"] is not None:
             if self.buffer is None:
                 self.buffer = ReplayBuffer.from_state_dict(state_dict["buffer"])
@@ -343,6 +368,17 @@ class ReplayDataModule(pl.LightningDataModule):
             parts.append(self.buffer.draw(min(missing, self._left(missing))))
             missing -= len(parts[-1].tokens)
         return ReplayRows.cat(parts)
+
+    def _read_on(self, batch: Any) -> None:
+        """Put the folder's next rows in the place of the used ones, in each process the same."""
+        shards = self.shards
+        assert shards is not None
+        rows = self.processes.together(shards.next_rows)
+        assert rows.uses is not None
+        if self.buffer is None:
+            self.buffer = ReplayBuffer(shards.read_rows, shards.length, seed=shards.order_seed, top_k=shards.top_k_read)
+        step = 0 if self.trainer is None else self.trainer.global_step
+        self.buffer.add(rows, step=step, uses=rows.uses * (self.uses_per_sample or 1))
 
     def _own(self, rows: ReplayRows, takers: Sequence[int]) -> ReplayRows | None:
         """Those of the rows drawn for all processes that are this one's, if any."""

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["atomic_write", "read_state", "write_state"]
+__all__ = [
+    "atomic_write",
+    "cached_columns",
+    "cached_of",
+    "read_state",
+    "token_columns",
+    "tokens_of",
+    "write_state",
+]
 
 _KEY = "lightning_replay_buffer"
 """What the numbers and strings of the state stand under, as JSON, in a file's metadata."""
@@ -115,24 +123,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _write_parquet(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """A row of the table for each row of the buffer, without its padding."""
-    lengths = tensors["lengths"]
-    real = torch.arange(tensors["tokens"].shape[1]) < lengths.unsqueeze(1)
-    stored = tensors["tokens"][real]
-    ends = pa.array(F.pad(lengths.cumsum(0), (1, 0)).numpy())
-    columns = {
-        "tokens": pa.LargeListArray.from_arrays(ends, pa.array(torch.where(stored < 0, ~stored, stored).numpy())),
-        "targets": pa.LargeListArray.from_arrays(ends, pa.array((stored >= 0).numpy())),
-        "length": pa.array(lengths.numpy()),
-        "uses": pa.array(tensors["uses"].numpy()),
-        "step": pa.array(tensors["steps"].numpy()),
-    }
+    stored = tensors["tokens"]
+    columns = token_columns(torch.where(stored < 0, ~stored, stored), tensors["lengths"], stored >= 0)
+    columns |= {"uses": pa.array(tensors["uses"].numpy()), "step": pa.array(tensors["steps"].numpy())}
     if values["top_k"]:
-        # Not all tools read floats of 16 bits; compressed, the others are hardly larger.
-        for name, cached in {"top_ids": tensors["top_ids"], "top_log_probs": tensors["top_log_probs"].float()}.items():
-            _, positions, kept = cached.shape
-            lists = pa.FixedSizeListArray.from_arrays(pa.array(cached.flatten().numpy()), kept)
-            columns[name] = pa.FixedSizeListArray.from_arrays(lists, positions)
+        columns |= cached_columns(tensors["top_ids"], tensors["top_log_probs"])
     order = {
         "deck": tensors["deck"].tolist(),
         "generator": base64.b64encode(tensors["generator"].numpy().tobytes()).decode(),
@@ -150,30 +145,77 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         if claimed > file.metadata.num_rows * length * (top_k + 1):
             raise ValueError(f"a column holds {claimed} values, more than its rows have")
         table = file.read()
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    tokens, targets, lengths = (_tensor(columns[name]) for name in ("tokens", "targets", "length"))
+    tokens, lengths, targets = tokens_of(table, length)
+    top_ids, top_log_probs = cached_of(table, length, top_k)
+    return values | {
+        "tokens": torch.where(targets, tokens, ~tokens),
+        "lengths": lengths,
+        "uses": _tensor(table["uses"]),
+        "steps": _tensor(table["step"]),
+        "deck": torch.tensor(values["deck"], dtype=torch.int64),
+        "generator": torch.tensor(list(base64.b64decode(values["generator"])), dtype=torch.uint8),
+        "top_ids": top_ids,
+        "top_log_probs": top_log_probs,
+    }
+
+
+def token_columns(tokens: Tensor, lengths: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Rows as Parquet columns ``tokens``, ``targets`` and ``length``, without their padding.
+
+    Args:
+        tokens: Token ids, shape ``(rows, length)``.
+        lengths: Real tokens in each row, shape ``(rows,)``.
+        targets: True on the tokens that a loss is taken on, the tokens' shape.
+    """
+    real = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+    ends = pa.array(F.pad(lengths.cumsum(0), (1, 0)).numpy())
+    return {
+        "tokens": pa.LargeListArray.from_arrays(ends, pa.array(tokens[real].numpy())),
+        "targets": pa.LargeListArray.from_arrays(ends, pa.array(targets[real].numpy())),
+        "length": pa.array(lengths.numpy()),
+    }
+
+
+def cached_columns(top_ids: Tensor, top_log_probs: Tensor) -> dict[str, Any]:
+    """What is cached of a reference as Parquet columns ``top_ids`` and ``top_log_probs``."""
+    columns = {}
+    # Not all tools read floats of 16 bits; compressed, the others are hardly larger.
+    for name, cached in {"top_ids": top_ids, "top_log_probs": top_log_probs.float()}.items():
+        _, positions, kept = cached.shape
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(cached.flatten().numpy()), kept)
+        columns[name] = pa.FixedSizeListArray.from_arrays(lists, positions)
+    return columns
+
+
+def tokens_of(table: Any, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, lengths and targets of a table with the columns of :func:`token_columns`, padded to ``length``.
+
+    Padding is token 0, and no target.
+
+    Raises:
+        ValueError: If the columns don't fit together.
+    """
+    columns = {name: table[name].combine_chunks() for name in ("tokens", "targets", "length")}
+    ids, marks, lengths = (_tensor(column) for column in columns.values())
     real = torch.arange(length) < lengths.unsqueeze(1)
     for name in ("tokens", "targets"):
         if columns[name].value_lengths().to_pylist() != real.sum(1).tolist():
             raise ValueError(f"`length` is not the number of `{name}` in each row")
-    if tokens.numel() and int(tokens.min()) < 0:
-        raise ValueError(f"`tokens` holds {int(tokens.min())}")
-    stored = torch.full(real.shape, -1, dtype=tokens.dtype)  # padding: token 0, and no target
-    stored[real] = torch.where(targets, tokens, ~tokens)
-    cached: dict[str, Tensor] = {}
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(f"`tokens` holds {int(ids.min())}")
+    tokens, targets = torch.zeros(real.shape, dtype=ids.dtype), torch.zeros(real.shape, dtype=torch.bool)
+    tokens[real], targets[real] = ids, marks
+    return tokens, lengths, targets
+
+
+def cached_of(table: Any, length: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """What a table with the columns of :func:`cached_columns` holds; empty tensors for a ``top_k`` of 0."""
+    cached = []
     for name, kept, dtype in (("top_ids", top_k, torch.int32), ("top_log_probs", top_k + 1, torch.float16)):
-        shape = (len(real), length - 1, kept if top_k else 0)
-        column = _tensor(columns[name]).view(shape) if top_k else torch.zeros(shape, dtype=dtype)
-        cached[name] = column.half() if column.dtype == torch.float32 else column
-    return values | {
-        "tokens": stored,
-        "lengths": lengths,
-        "uses": _tensor(columns["uses"]),
-        "steps": _tensor(columns["step"]),
-        "deck": torch.tensor(values["deck"], dtype=torch.int64),
-        "generator": torch.tensor(list(base64.b64decode(values["generator"])), dtype=torch.uint8),
-        **cached,
-    }
+        shape = (table.num_rows, length - 1, kept if top_k else 0)
+        column = _tensor(table[name].combine_chunks()).view(shape) if top_k else torch.zeros(shape, dtype=dtype)
+        cached.append(column.half() if column.dtype == torch.float32 else column)
+    return cached[0], cached[1]
 
 
 def _tensor(column: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """The causal language model inside a LightningModule: where it is, how to call it, what it says."""
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["LanguageModel", "evaluating", "find_language_model"]
+__all__ = ["LanguageModel", "evaluating", "find_language_model", "weights_hash"]
 
 _STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 _PROBE = 4
@@ -178,6 +180,36 @@ def _outermost_pretrained(pl_module: pl.LightningModule) -> dict[str, nn.Module]
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a PEFT model, whose adapters can be switched off."""
     return hasattr(module, "disable_adapter") and hasattr(module, "get_base_model")
+
+
+def weights_hash(module: nn.Module, adapter: bool = True) -> str:
+    """A hash of a model's weights, the same in whatever type they are held without rounding, and under a PEFT adapter.
+
+    Args:
+        module: The model.
+        adapter: Whether the weights of PEFT adapters are a part of it.
+
+    Example:
+        >>> layer = nn.Linear(2, 2).bfloat16()
+        >>> weights_hash(layer) == weights_hash(layer.float())
+        True
+    """
+    base: Any = getattr(module, "_orig_mod", module)
+    adapter_prefix = "\0"
+    if is_adapted(base):
+        adapter_prefix = getattr(base.base_model, "prefix", adapter_prefix)
+        base = base.get_base_model()
+    digest = hashlib.sha256()
+    for name, weight in sorted(base.named_parameters()):
+        added = any(part.startswith(adapter_prefix) or part == "modules_to_save" for part in name.split("."))
+        if added and not adapter:
+            continue
+        whole: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        values = whole.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).contiguous()
+        digest.update(f"{name.replace('.base_layer.', '.').replace('.original_module.', '.')} {values.shape}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:

@@ -29,9 +29,11 @@ from lightning_replay.reference import (
     ReferenceFrom,
     ReferenceKeeper,
     ReferenceModel,
+    adapter_is_idle,
 )
 from lightning_replay.refill import Refiller, Supply
 from lightning_replay.sampling import Sampler
+from lightning_replay.shards import ReplayShards
 
 __all__ = ["SelfGeneratedReplay"]
 
@@ -63,6 +65,11 @@ class SelfGeneratedReplay(Callback):
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
         rows. Sampling touches neither the global random state nor the modes of the model.
+
+    Note:
+        With a folder of rows that ``lightning-replay generate`` wrote, ``ReplayDataModule(buffer=folder)``, nothing is
+        sampled: each row is read when it is due. ``reference="cached"`` takes the log-probabilities that were generated
+        with them. What is said below of sampling then holds of that command, whose settings the folder keeps.
 
     Note:
         Of several processes, each samples a part of a refill, and all have the rows that one process would have.
@@ -220,6 +227,11 @@ class SelfGeneratedReplay(Callback):
                 "`reference='cached'` keeps what the reference says of its own samples. Rows of "
                 f"{'the live model' if source == 'live' else 'the new task'} are not among them: use another reference."
             )
+        if source == "live" and getattr(sampler, "reference_only", False):
+            raise ValueError(
+                f"{type(sampler).__name__} samples a model whose weights stay as they are, and `source='live'` asks "
+                "for samples of the model as it trains. Use `source='reference'`."
+            )
         self.loss: Loss = loss
         self.source: Source = source
         self.reference_top_k = reference_top_k
@@ -236,27 +248,27 @@ class SelfGeneratedReplay(Callback):
             loss, coefficient, divergence, divergence_temperature, self.reference, forward, ignore_index
         )
         generator = RowGenerator(
-            prompts,
-            sample_length,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            stop_at_eos,
-            loss_on,
-            filters,
-            sampler,
-            compile_sampling,
+            prompts=prompts,
+            sample_length=sample_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop_at_eos=stop_at_eos,
+            loss_on=loss_on,
+            filters=filters,
+            sampler=sampler,
+            compile_sampling=compile_sampling,
         )
         self.refiller = Refiller(
             generator,
-            refill_rows,
-            sequence_length,
-            uses_per_sample,
-            reference_top_k if self._caches else 0,
-            divergence_temperature,
-            background,
-            previews,
+            rows=refill_rows,
+            length=sequence_length,
+            uses=uses_per_sample,
+            top_k=reference_top_k if self._caches else 0,
+            temperature=divergence_temperature,
+            background=background,
+            previews=previews,
         )
 
         self._model: LanguageModel | None = None
@@ -264,6 +276,7 @@ class SelfGeneratedReplay(Callback):
         self._followed_step: int | None = None
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
+        self._compared: str | None = None
         self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], None]] = []
 
@@ -312,26 +325,21 @@ class SelfGeneratedReplay(Callback):
             self.seed = data.processes.first(torch.initial_seed())
         if trainer.ckpt_path is None and self.reference.since == "fit":
             self.refiller.forget(data)  # what an earlier fit left in it came from another reference
-        source = self._source(trainer, model)
+        if data.shards is not None:
+            self._check_shards(trainer, model, data.shards)
+        # Rows that were generated ahead take no second model, unless the divergence does.
+        source = self._source(trainer, model) if data.shards is None or self._caches else None
         if self.loss == "kl" and not self._caches:
             self.reference.get(trainer, model)
         self._check_fit(pl_module, model, data)
-        if self._caches:
+        if self._caches and source is not None:
             self._cache_prior(trainer, model, data, source)
 
-        self.refiller.begin(
-            Supply(
-                trainer,
-                model,
-                data,
-                source,
-                self._find_tokenizer(pl_module, data),
-                self.seed,
-                lasting=self._never_refills(model),
-                resumed=self._trained_by(trainer),
-            )
-        )
-        data.uses_per_sample = None if self._never_refills(model) else self.uses_per_sample
+        lasting = data.shards is None and self._never_refills(model)
+        if data.shards is None and source is not None:
+            tokenizer, resumed = self._find_tokenizer(pl_module, data), self._trained_by(trainer)
+            self.refiller.begin(Supply(trainer, model, data, source, tokenizer, self.seed, lasting, resumed))
+        data.uses_per_sample = None if lasting else self.uses_per_sample
         data.joins_batch = self.loss == "mixed"
         self._undo += [functools.partial(_disconnect, data), self.refiller.end]
         if self.loss != "mixed":
@@ -450,10 +458,27 @@ class SelfGeneratedReplay(Callback):
         kept = trainer.ckpt_path is not None or self.reference.since == "first"
         if prior is None or (prior.top_k and kept):
             return
+        top_k = self.reference_top_k if data.shards is None else data.shards.top_k
         with isolate_rng(), source.active() as active:
-            data.prior = prior.with_cache(
-                lambda rows: cache_reference(active, rows, self.reference_top_k, self.refiller.temperature)
-            )
+            data.prior = prior.with_cache(lambda rows: cache_reference(active, rows, top_k, self.refiller.temperature))
+
+    def _check_shards(self, trainer: pl.Trainer, model: LanguageModel, shards: ReplayShards) -> None:
+        """Refuse a folder of rows that this run can't use, or whose rows are not the reference's."""
+        generator = self.refiller.generator
+        sampling = {
+            "source='live'": self.source == "live",
+            "prompts": generator.prompts,
+            "sampler": generator.sampler,
+            "filters": generator.filters,
+            "background": self.refiller.background,
+        }
+        given = [name for name, value in sampling.items() if value]
+        shards.check_options(given, self.sequence_length, self.refiller.temperature if self._caches else None)
+        # Once the model has trained, its weights no longer tell whether it wrote the rows.
+        kept = self.reference.since == "first" and self._compared == shards.manifest.identity
+        shards.check_fits(model, adapter_is_idle(model), known=trainer.ckpt_path is not None or kept)
+        self._compared = shards.manifest.identity
+        shards.with_log_probs = self._caches
 
     def _check_fit(self, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule) -> None:
         """Refuse samples that the model has no room or no tokens for."""
@@ -480,6 +505,8 @@ class SelfGeneratedReplay(Callback):
                 )
             if data.prior_share == 1:
                 return  # nothing will be sampled
+        if data.shards is not None:
+            return
         self.refiller.generator.bind(model, self._find_tokenizer(pl_module, data))
         length = buffer.length if buffer is not None else self.sequence_length
         if length is not None:

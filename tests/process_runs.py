@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
 
-from lightning_replay import ForgettingMonitor, LanguageModel, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import (
+    ForgettingMonitor,
+    LanguageModel,
+    ReplayDataModule,
+    ReplayShards,
+    RowOptions,
+    SelfGeneratedReplay,
+    generate_rows,
+)
 from lightning_replay.sampling import sample_rows
 from tests.conftest import VOCABULARY
 from tests.modules import PlainDescent, Rows, mapping_loader, quiet_trainer
@@ -178,6 +186,17 @@ def ntp_with_a_single_row(folder: Path) -> Any:
 
 def cached(folder: Path) -> Any:
     return fit(SelfGeneratedReplay(coefficient=2.0, reference="cached", reference_top_k=8, seed=5))
+
+
+def generated(folder: Path) -> Any:
+    """Rows from a folder, of which each process has its own copy here; five at a time, and twice round."""
+    model, rows = folder / f"model-{RANK}", folder / f"rows-{RANK}"
+    tiny_llama().save_pretrained(model)
+    generate_rows(RowOptions(str(model), 12, sequence_length=12, shard_rows=5, reference_top_k=8, seed=5), rows)
+    return fit(
+        SelfGeneratedReplay(coefficient=2.0, reference="cached", seed=5),
+        data={"buffer": ReplayShards(rows, shuffle=True, read_rows=5)},
+    )
 
 
 def replace(folder: Path) -> Any:
@@ -371,6 +390,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         kl,
         ntp_with_a_single_row,
         cached,
+        generated,
         replace,
         mixed,
         lwf,

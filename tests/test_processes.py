@@ -64,7 +64,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("together")
     run_together(
         folder,
-        *("kl", "ntp_with_a_single_row", "cached", "replace", "mixed", "lwf", "uneven_padded", "uneven_shards"),
+        *(
+            "kl",
+            "ntp_with_a_single_row",
+            "cached",
+            "generated",
+            "replace",
+            "mixed",
+            "lwf",
+            "uneven_padded",
+            "uneven_shards",
+        ),
         *("unseeded", "own_sampler", "fails_once", "fails_at_first", "background", "monitored"),
     )
     return lambda name: (*both(folder, name), process_runs.RUNS[name](tmp_path_factory.mktemp("alone")))
@@ -113,7 +123,7 @@ def assert_trained_as_one_process(first: Any, second: Any, alone: Any) -> None:
     torch.testing.assert_close(first["weights"], alone["weights"], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached"])
+@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached", "generated"])
 def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: str) -> None:
     first, second, alone = runs(name)
     assert_rows_are_those_of_one_process(first, second, alone)

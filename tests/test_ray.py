@@ -1,0 +1,87 @@
+"""Generating and training on a local Ray cluster, compared with one process that does the same alone."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lightning_replay import RowOptions, generate_rows
+from lightning_replay.shards import Manifest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    pytest.importorskip("ray.data", reason="needs the extra `ray`")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_two_actors_one_of_them_killed_write_the_files_of_one_process(
+    cluster: Any, tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psutil = pytest.importorskip("psutil")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    several = RowOptions(str(tmp_path / "model"), 240, sequence_length=12, shard_rows=6, reference_top_k=4)
+    generate_rows(several, tmp_path / "alone", threads=1)
+    killed: list[int] = []
+    write = Manifest.write
+
+    def write_and_kill(manifest: Manifest, folder: Path) -> None:
+        """As soon as a few shards are there, an actor is killed from outside."""
+        write(manifest, folder)
+        workers = [one for one in psutil.process_iter(["cmdline"]) if _is_worker(one)]
+        if len(manifest.shards) >= 3 and not killed and workers:
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Manifest, "write", write_and_kill)
+    done = generate_rows(several, tmp_path / "together", "ray", actors=2)
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0])
+    assert (done.rows, done.new_rows) == (240, 240)
+    assert hashes(tmp_path / "together") == hashes(tmp_path / "alone")
+    assert sorted(file.name for file in (tmp_path / "together").iterdir()) == sorted(
+        file.name for file in (tmp_path / "alone").iterdir()
+    )
+
+
+def hashes(folder: Path) -> list[str]:
+    return [shard.sha256 for shard in Manifest.read(folder).shards.values()]
+
+
+def _is_worker(process: Any) -> bool:
+    mine = os.getpid() in [parent.pid for parent in process.parents()]
+    return mine and any("_ShardActor" in part for part in process.info["cmdline"] or [])
+
+
+def test_two_workers_of_ray_train_end_in_the_weights_of_one_process(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import ray_train
+
+    cluster.cloudpickle.register_pickle_by_value(ray_train)  # the workers don't know the examples' folder
+    options = {"quick": True, "batch_size": 16, "steps": 6, "seed": 0}
+    together = ray_train.fit_on_ray(options | {"workers": 2, "output": tmp_path / "together"})
+    alone = ray_train.fit(options | {"workers": 0, "output": tmp_path / "alone"})
+    # Each worker tells the loss on its own rows; they are of the same model.
+    assert together["train/loss"] == pytest.approx(alone["train/loss"], rel=0.1)
+    ours, theirs = (weights(tmp_path / name) for name in ("together", "alone"))
+    moved = (theirs - torch.cat([weight.flatten() for weight in ray_train.tiny_model().parameters()])).norm()
+    assert moved > 0.1
+    assert (ours - theirs).norm() < 1e-3 * moved
+
+
+def weights(folder: Path) -> torch.Tensor:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
