@@ -168,6 +168,8 @@ class ReplayDataModule(pl.LightningDataModule):
         if self.wrapped.hparams:
             self.save_hyperparameters(dict(self.wrapped.hparams), logger=False)
         self.save_hyperparameters({"replay_fraction": replay_fraction, "replay_mode": mode})
+        if prior is not None:
+            self.save_hyperparameters({"replay_prior_share": prior_share})
         self.prepare_data_per_node = self.wrapped.prepare_data_per_node
         self.allow_zero_length_dataloader_with_multiple_devices = (
             self.wrapped.allow_zero_length_dataloader_with_multiple_devices

@@ -18,6 +18,7 @@ from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
 from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens
 from lightning_replay.language_model import LanguageModel, find_language_model
+from lightning_replay.loggers import plain
 from lightning_replay.losses import Divergence
 from lightning_replay.objective import Forward, ReplayObjective
 from lightning_replay.processes import check_strategy
@@ -194,6 +195,9 @@ class SelfGeneratedReplay(Callback):
         previews: int = 3,
         seed: int | None = None,
     ) -> None:
+        self.hparams = plain({name: value for name, value in locals().items() if name != "self"})
+        """The arguments as hyper-parameters: numbers and texts as they are, all else by its name."""
+
         _check_choice("loss", loss, Loss)
         _check_choice("source", source, Source)
         _check_choice("divergence", divergence, Divergence)
@@ -273,6 +277,9 @@ class SelfGeneratedReplay(Callback):
         self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
         if self._data is None or self._data.replay_fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
+        if self._data is not None:
+            # Lightning logs them with the module's: of two records, TensorBoard would show one alone.
+            self._data.save_hyperparameters({"SelfGeneratedReplay": self.hparams})
         if self.loss != "mixed" and not pl_module.automatic_optimization:
             function = {"kl": "forward_kl", "lwf": "forward_kl", "ntp": "next_token_loss"}[self.loss]
             raise MisconfigurationException(
@@ -300,6 +307,8 @@ class SelfGeneratedReplay(Callback):
         self._model = model = find_language_model(pl_module, self.language_model)
         self._began, self._rows_before = self._seconds_so_far(), self.refiller.generator.rows
         if data is None:
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"SelfGeneratedReplay": self.hparams})
             self.reference.get(trainer, model)
             self._undo.append(self.objective.wrap(trainer, pl_module, model, None))
             return
