@@ -36,7 +36,8 @@ class ReplayDataModule(pl.LightningDataModule):
     never stale. Validation, test and predict batches are never touched. Where the buffer is empty and nothing fills
     it, a batch stays as it is.
 
-    Attributes of the wrapped datamodule that this class doesn't have can be read through it.
+    Attributes of the wrapped datamodule that this class doesn't have can be read and set through it, and its
+    hyper-parameters are this one's, too.
 
     Note:
         Under :class:`~lightning_replay.SelfGeneratedReplay` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
@@ -166,7 +167,8 @@ class ReplayDataModule(pl.LightningDataModule):
             if is_overridden(name, self.wrapped):
                 setattr(self, name, getattr(self.wrapped, name))
         if self.wrapped.hparams:
-            self.save_hyperparameters(dict(self.wrapped.hparams), logger=False)
+            # The same object, not a copy: what tunes one of them, as `BatchSizeFinder` does, reaches the loaders.
+            self._hparams = self.wrapped.hparams
         self.save_hyperparameters({"replay_fraction": replay_fraction, "replay_mode": mode})
         if prior is not None:
             self.save_hyperparameters({"replay_prior_share": prior_share})
@@ -174,6 +176,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = (
             self.wrapped.allow_zero_length_dataloader_with_multiple_devices
         )
+        self._complete = True
 
     @property
     def trainer(self) -> pl.Trainer | None:
@@ -191,6 +194,14 @@ class ReplayDataModule(pl.LightningDataModule):
         if name.startswith("_") or name == "wrapped":  # private, or asked for while unpickling
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.wrapped, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes that are the wrapped datamodule's alone are set there, such as the batch size that is tuned."""
+        theirs = "_complete" in self.__dict__ and not (name.startswith("_") or name in self.__dict__)
+        if theirs and not hasattr(type(self), name) and hasattr(self.wrapped, name):
+            setattr(self.wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @override
     def setup(self, stage: str) -> None:

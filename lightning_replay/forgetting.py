@@ -135,6 +135,7 @@ class ForgettingMonitor(Callback):
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self._own_reference.begin_fit(trainer)
+        self.baseline, self._resumed = {}, False
         check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
@@ -145,17 +146,16 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._own_reference.begin_training()
         self._model = find_language_model(pl_module, self.language_model)
         if self._resumed:
-            self._resumed = False
             # Other callbacks may ask for what was measured last before it is measured again.
             publish(trainer, self._values)
             return
-        if trainer.ckpt_path is not None:
+        if self._keeper(trainer).resumed_from(trainer) is not None:
             rank_zero_warn(
                 "The checkpoint was saved without this ForgettingMonitor: forgetting is measured from here on."
             )
-        self.baseline = {}
         self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
             for name, loader in self.prior.items():
@@ -184,7 +184,7 @@ class ForgettingMonitor(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._own_reference.save(checkpoint)
+        self._own_reference.save(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -216,7 +216,7 @@ class ForgettingMonitor(Callback):
         self._measured_at = state_dict["measured_at"]
         self._values = dict(state_dict.get("values", {}))
         self.seconds = state_dict.get("seconds", 0.0)
-        self._resumed = True
+        self._resumed = bool(self.baseline)  # none, where it was saved before the first step
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Evaluate every prior set and hand the values to the loggers and to other callbacks."""

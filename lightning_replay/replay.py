@@ -301,6 +301,7 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reference.begin_training()
         data = self._data
         if self.loss != "lwf" and (data is None or not data.replay_fraction):
             return
@@ -314,7 +315,7 @@ class SelfGeneratedReplay(Callback):
             return
         if self.seed is None:
             self.seed = data.processes.first(torch.initial_seed())
-        if trainer.ckpt_path is None and self.reference.since == "fit":
+        if self.reference.resumed_from(trainer) is None and self.reference.since == "fit":
             self.refiller.forget(data)  # what an earlier fit left in it came from another reference
         source = self._source(trainer, model)
         if self.loss == "kl" and not self._caches:
@@ -389,7 +390,7 @@ class SelfGeneratedReplay(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.reference.save(checkpoint)
+        self.reference.save(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -443,8 +444,8 @@ class SelfGeneratedReplay(Callback):
 
     def _trained_by(self, trainer: pl.Trainer) -> str | None:
         """What has trained the model before this fit began, since its reference was taken."""
-        if trainer.ckpt_path is not None:
-            return f"the run up to {trainer.ckpt_path}"
+        if (checkpoint := self.reference.resumed_from(trainer)) is not None:
+            return f"the run up to {checkpoint}"
         return "an earlier fit" if self.reference.since == "first" and self.refiller.generator.rows else None
 
     def _cache_prior(
@@ -452,7 +453,7 @@ class SelfGeneratedReplay(Callback):
     ) -> None:
         """Let real prior rows carry the reference's log-probabilities, as the sampled ones will."""
         prior = data.prior
-        kept = trainer.ckpt_path is not None or self.reference.since == "first"
+        kept = self.reference.resumed_from(trainer) is not None or self.reference.since == "first"
         if prior is None or (prior.top_k and kept):
             return
         with isolate_rng(), source.active() as active:

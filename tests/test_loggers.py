@@ -59,8 +59,7 @@ def read_tensorboard(logger: Any) -> Logged:
     given = HParamsPluginData.FromString(content).session_start_info.hparams
     settings = {key: str(getattr(value, value.WhichOneof("kind"))) for key, value in given.items()}
     texts = {
-        event.step: event.tensor_proto.string_val[0].decode()
-        for event in events.Tensors("replay/samples/text_summary")
+        event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("replay/samples/text_summary")
     }
     return Logged(values, settings, {step: unfenced(text) for step, text in texts.items()})
 
