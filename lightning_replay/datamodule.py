@@ -40,7 +40,7 @@ class ReplayDataModule(pl.LightningDataModule):
     hyper-parameters are this one's, too.
 
     Note:
-        Under :class:`~lightning_replay.SelfGeneratedReplay` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
+        Under ``SelfGeneratedReplay`` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
         travel with the model's forward instead of joining the batch, so that ``training_step`` and its own loss see
         the new rows alone.
 
@@ -54,20 +54,20 @@ class ReplayDataModule(pl.LightningDataModule):
             in fractions of a row is carried to the next.
         mode: ``"append"`` keeps every new row and adds to them; ``"replace"`` keeps the batch size: the last
             new rows give way, at least one stays.
-        prior: Real prior rows, where you have some: a :class:`ReplayBuffer`, a tensor of token rows, or a dataloader
+        prior: Real prior rows, where you have some: a ``ReplayBuffer``, a tensor of token rows, or a dataloader
             of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
             at 4 bytes a token. A row is drawn again when all have been. Of a stream, which has no length, pass a part:
             ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
-        buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
-            rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them.
+        buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of
+            rows of your own, make one and ``ReplayBuffer.add`` them.
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
             does, else on the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
         save_buffer: Whether checkpoints hold the buffer's rows, at 4 bytes a token and what is cached of them. Without
             them, a resumed run samples anew, so it goes on well, but not bit for bit as if it had not stopped.
-        to_batch: For batches of other kinds: a function of the batch of new rows and the :class:`ReplayRows`
+        to_batch: For batches of other kinds: a function of the batch of new rows and the ``ReplayRows``
             (on the CPU) that returns the mixed batch.
 
     Raises:

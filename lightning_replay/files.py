@@ -54,7 +54,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what :meth:`ReplayBuffer.state_dict` returned, in the format that the suffix names.
+    """Write what ``ReplayBuffer.state_dict`` returned, in the format that the suffix names.
 
     Raises:
         ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``.
@@ -68,7 +68,7 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote. Whether the state makes sense is for the buffer to say.
+    """Read what ``write_state`` wrote. Whether the state makes sense is for the buffer to say.
 
     Raises:
         ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``, or the file is not whole.

@@ -59,10 +59,10 @@ class ForgettingMonitor(Callback):
         max_batches: How many batches of each set to read at most; all of them by default. A set without a length, which
             might never end, needs it.
         kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
-            :class:`~lightning_replay.SelfGeneratedReplay` where that keeps it, else a copy of the weights.
+            ``SelfGeneratedReplay`` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
-            left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
-        reference_checkpoint: Where a copy of its own is saved, as for :class:`~lightning_replay.SelfGeneratedReplay`.
+            left out, as in ``SelfGeneratedReplay``.
+        reference_checkpoint: Where a copy of its own is saved, as for ``SelfGeneratedReplay``.
 
     Raises:
         TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.

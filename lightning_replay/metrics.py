@@ -73,7 +73,7 @@ class TokenLoss(_TokenMean):
 
 
 class Perplexity(TokenLoss):
-    """``exp`` of the mean :class:`TokenLoss`.
+    """``exp`` of the mean ``TokenLoss``.
 
     Args:
         ignore_index: Targets of this value are left out.

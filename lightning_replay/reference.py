@@ -99,8 +99,8 @@ class MovingAverage(FrozenCopy):
     Args:
         model: The model to follow.
         decay: Share of the average that an update keeps.
-        dtype: As for :class:`FrozenCopy`; 16 bits round small updates away.
-        device: As for :class:`FrozenCopy`.
+        dtype: As for ``FrozenCopy``; 16 bits round small updates away.
+        device: As for ``FrozenCopy``.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ Source = Literal["reference", "live"]
 class SelfGeneratedReplay(Callback):
     r"""Replays rows that the model itself wrote, so that finetuning does not make it forget (arXiv 2605.26097).
 
-    Before the first step it fills the buffer of the :class:`~lightning_replay.ReplayDataModule` with samples, and
+    Before the first step it fills the buffer of the ``ReplayDataModule`` with samples, and
     whenever all of them have been used it samples new ones. With ``loss="kl"`` or ``"ntp"`` it adds
 
     .. math:: \text{coefficient} \cdot \text{replay loss}
@@ -133,9 +133,9 @@ class SelfGeneratedReplay(Callback):
         min_p: Sample from tokens that reach this share of the likeliest one's probability.
         stop_at_eos: Whether the end token ends a sample. By default it doesn't, as in the paper. Shorter samples
             follow one another in a row, as documents in packed text do.
-        filters: Which samples to keep; see :mod:`lightning_replay.filters`.
-        sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; see
-            :data:`~lightning_replay.sampling.Sampler`. It sees to temperature, truncation and end tokens itself. Of
+        filters: Which samples to keep; see ``lightning_replay.filters``.
+        sampler: A function to sample with instead of ``sample_rows``; see
+            ``lightning_replay.sampling.Sampler``. It sees to temperature, truncation and end tokens itself. Of
             several processes, each calls it with prompts and a generator of its own.
         tokenizer: Decodes the previews and tells start and end tokens. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.

@@ -163,7 +163,16 @@ class WithHyperparameters(UserModule):
         self.save_hyperparameters("learning_rate")
 
 
-@pytest.mark.parametrize("kinds", [["tensorboard"], ["mlflow"], ["wandb"], ["tensorboard", "mlflow", "wandb"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["tensorboard"],
+        pytest.param(["mlflow"], marks=pytest.mark.integration),
+        pytest.param(["wandb"], marks=pytest.mark.integration),
+        pytest.param(["tensorboard", "mlflow", "wandb"], marks=pytest.mark.integration),
+    ],
+    ids=", ".join,
+)
 @pytest.mark.usefixtures("_packages_stay_here")
 def test_every_logger_holds_the_same_figures_settings_and_samples(
     tiny_llama: Make, tmp_path: Path, kinds: list[str]

@@ -134,6 +134,7 @@ def mean_of(values: dict[int, float], avalanche: Any) -> float:
     return result
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", range(5))
 def test_continual_learning_metrics_equal_avalanche_s_on_the_same_answers(avalanche: Any, seed: int) -> None:
     from avalanche.evaluation.metrics.forgetting_bwt import BWT, Forgetting

@@ -215,6 +215,7 @@ class ByHandInPhases(ByHand):
             parameter.requires_grad_(name.startswith(due))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("restore_best", [False, True])
 def test_a_finetuning_schedule_unfreezes_as_by_hand_and_replay_goes_on(
     tiny_llama: Make, tmp_path: Path, restore_best: bool
