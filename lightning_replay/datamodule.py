@@ -40,9 +40,8 @@ class ReplayDataModule(pl.LightningDataModule):
     hyper-parameters are this one's, too.
 
     Note:
-        Under ``SelfGeneratedReplay`` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
-        travel with the model's forward instead of joining the batch, so that ``training_step`` and its own loss see
-        the new rows alone.
+        Under ``SelfGeneratedReplay`` with ``loss="kl"`` or ``"ntp"``, the rows drawn here travel with the model's
+        forward instead of joining the batch, so that ``training_step`` and its own loss see the new rows alone.
 
     Note:
         Several processes hold equal buffers, those of process 0 at the start of the fit, and draw from them in step:
@@ -60,8 +59,8 @@ class ReplayDataModule(pl.LightningDataModule):
             ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
-        buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of
-            rows of your own, make one and ``ReplayBuffer.add`` them.
+        buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of rows of your own, make
+            one and ``ReplayBuffer.add`` them.
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
             does, else on the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.

@@ -1,6 +1,7 @@
 """What the callbacks hand to the Trainer's loggers by themselves, because `self.log` has no time or place for it."""
 
 from collections.abc import Mapping, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ def next_step(trainer: pl.Trainer) -> int:
     """The step at which Lightning logs what comes next: the number of batches that have ended in an optimizer step.
 
     With one optimizer that is ``trainer.global_step``, which counts the steps of several optimizers one by one.
+    Lightning's own callbacks read it there as well.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
@@ -57,8 +59,10 @@ def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, Real):  # one of NumPy's, too, which a checkpoint must not hold
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, (list, tuple)) and all(callable(part) for part in value):

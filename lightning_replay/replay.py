@@ -43,8 +43,8 @@ Source = Literal["reference", "live"]
 class SelfGeneratedReplay(Callback):
     r"""Replays rows that the model itself wrote, so that finetuning does not make it forget (arXiv 2605.26097).
 
-    Before the first step it fills the buffer of the ``ReplayDataModule`` with samples, and
-    whenever all of them have been used it samples new ones. With ``loss="kl"`` or ``"ntp"`` it adds
+    Before the first step it fills the buffer of the ``ReplayDataModule`` with samples, and whenever all of them have
+    been used it samples new ones. With ``loss="kl"`` or ``"ntp"`` it adds
 
     .. math:: \text{coefficient} \cdot \text{replay loss}
 
@@ -59,11 +59,16 @@ class SelfGeneratedReplay(Callback):
     ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams that repeat earlier
     ones), ``log_prob`` (nats a token under the model sampled, which is π for ``source="reference"``), ``ended`` (share
     of samples with the end token), ``length`` and ``degenerate`` (share of samples that are empty or one repeated
-    token); a few samples go to TensorBoard and Weights & Biases as text.
+    token); a few samples go to TensorBoard, Weights & Biases and MLflow as text. The arguments are logged as
+    hyper-parameters, under ``SelfGeneratedReplay/``.
 
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
         rows. Sampling touches neither the global random state nor the modes of the model.
+
+    Note:
+        ``BatchSizeFinder`` and ``LearningRateFinder`` try steps before π is taken, so without replay, and what they try
+        leaves no trace. Leave memory for the replay rows and the reference.
 
     Note:
         Of several processes, each samples a part of a refill, and all have the rows that one process would have.
@@ -134,15 +139,15 @@ class SelfGeneratedReplay(Callback):
         stop_at_eos: Whether the end token ends a sample. By default it doesn't, as in the paper. Shorter samples
             follow one another in a row, as documents in packed text do.
         filters: Which samples to keep; see ``lightning_replay.filters``.
-        sampler: A function to sample with instead of ``sample_rows``; see
-            ``lightning_replay.sampling.Sampler``. It sees to temperature, truncation and end tokens itself. Of
-            several processes, each calls it with prompts and a generator of its own.
+        sampler: A function to sample with instead of ``sample_rows``; see ``lightning_replay.sampling.Sampler``. It
+            sees to temperature, truncation and end tokens itself. Of several processes, each calls it with prompts and
+            a generator of its own.
         tokenizer: Decodes the previews and tells start and end tokens. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default its
             Hugging Face or PEFT model, else the child that holds all parameters, else the module itself.
         ignore_index: The label that the user's loss leaves out, where the model computes the loss itself.
-        previews: How many samples of each refill to log as text.
+        previews: How many samples of each refill to log as text; 0 for none.
         seed: Seed of sampling. By default the global seed at the first fit.
 
     Raises:

@@ -159,16 +159,18 @@ def test_a_finder_between_epochs_leaves_replay_as_it_was(tiny_llama: Make, tmp_p
 
 
 @pytest.mark.parametrize("kind", [Data, DataWithHyperparameters])
-def test_once_a_batch_size_was_found_the_run_is_that_of_one_begun_with_it(
+def test_once_batch_size_and_rate_were_found_the_run_is_that_of_one_begun_with_them(
     tiny_llama: Make, tmp_path: Path, kind: Callable[[int], L.LightningDataModule]
 ) -> None:
-    ends = []
-    for finders, size in (([BatchSizeFinder(init_val=4, max_trials=2)], 2), ([], 8)):
-        module, drawn, data = PlainDescent(tiny_llama(), 0.05), DrawnRows(), ReplayDataModule(kind(size), 0.2)
+    size, rate, ends = 2, 0.5, []
+    for finders in ([BatchSizeFinder(init_val=4, max_trials=2), search(LearningRateFinder)], []):
+        module, drawn, data = PlainDescent(tiny_llama(), rate), DrawnRows(), ReplayDataModule(kind(size), 0.2)
         trainer = quiet_trainer(callbacks=[replay_of(), monitor_of(), drawn, *finders], default_root_dir=tmp_path)
         trainer.fit(module, datamodule=data)
-        assert len(module.batches[-1]["input_ids"]) == 8
         ends.append((weights(module.model), torch.cat(drawn.rows), figures(trainer)))
+        size, rate = len(module.batches[-1]["input_ids"]), module.learning_rate
+    assert size == 8
+    assert rate != 0.5
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
     assert ends[0][2] == ends[1][2]
