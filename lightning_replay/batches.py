@@ -262,7 +262,7 @@ def right_padded(batch: Any) -> tuple[Tensor, Tensor]:
     """Tokens and targets of a batch, padding moved to the right, where no causal model sees it: it needs no mask.
 
     Args:
-        batch: As for :func:`inputs_and_targets`.
+        batch: As for ``inputs_and_targets``.
 
     Raises:
         TypeError: If the batch is of another kind, or its parts don't belong together.

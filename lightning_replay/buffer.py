@@ -92,7 +92,7 @@ class ReplayBuffer:
     """A fixed number of token rows to replay, kept in CPU memory as 32-bit ids.
 
     Rows are drawn at random in passes: every row is drawn once before any is drawn twice. A row that is added
-    joins the pass under way. :attr:`unused` tells how many rows of the pass are left, so that whoever fills the
+    joins the pass under way. ``unused`` tells how many rows of the pass are left, so that whoever fills the
     buffer can use each row exactly once (as arXiv 2605.26097 does) by adding new rows when it reaches zero.
 
     All randomness comes from the buffer's own generator; torch's global random state is never touched.
@@ -187,14 +187,14 @@ class ReplayBuffer:
         """Store rows, in order: all of them or, where an exception such as Ctrl-C comes in between, none.
 
         Args:
-            rows: Token ids, shape ``(rows, length)``, any integer type; or :class:`ReplayRows`, with targets and
+            rows: Token ids, shape ``(rows, length)``, any integer type; or ``ReplayRows``, with targets and
                 cached log-probabilities where they have them. Rows narrower than the buffer's are padded on the right.
             lengths: Real tokens in each row of a tensor, shape ``(rows,)``. All of the row if left out.
             step: The optimizer step at which they are added.
             uses: How often each has been drawn before, shape ``(rows,)``; never, if left out.
 
         Raises:
-            TypeError: If ``rows`` is neither a tensor nor :class:`ReplayRows`.
+            TypeError: If ``rows`` is neither a tensor nor ``ReplayRows``.
             ValueError: If the shapes don't fit, an id is negative or takes more than 31 bits, a length is outside
                 ``[1, length]``, or the log-probabilities are not those that the buffer keeps.
         """
@@ -325,7 +325,7 @@ class ReplayBuffer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, now or in an earlier version of its format.
+        """Restore what ``state_dict`` returned, now or in an earlier version of its format.
 
         Raises:
             ValueError: If the state was made by a buffer of another capacity, length, policy or cache, or by a
@@ -354,7 +354,7 @@ class ReplayBuffer:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "ReplayBuffer":
-        """A new buffer in the state that :meth:`state_dict` returned.
+        """A new buffer in the state that ``state_dict`` returned.
 
         Raises:
             ValueError: If the state was made by a later version, is damaged, or its buffer doesn't fit into memory.
@@ -395,7 +395,7 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, path: str | Path) -> "ReplayBuffer":
-        """A buffer from a file that :meth:`save` wrote; it goes on bit for bit as the saved one would have.
+        """A buffer from a file that ``save`` wrote; it goes on bit for bit as the saved one would have.
 
         Args:
             path: The ``.safetensors`` or ``.parquet`` file.

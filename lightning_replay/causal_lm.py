@@ -24,7 +24,7 @@ class CausalLM(pl.LightningModule):
     """Finetunes a causal language model with AdamW, a linear warm-up and a cosine or constant learning rate.
 
     For those who have no module of their own yet; nothing in this package needs it. Batches are mappings of
-    what the model's ``forward`` takes, ``labels`` among them, as :class:`~lightning_replay.TextDataModule` gives.
+    what the model's ``forward`` takes, ``labels`` among them, as ``TextDataModule`` gives.
     Logs ``train/loss`` and ``val/loss``, in nats a token.
 
     Args:

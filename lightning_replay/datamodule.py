@@ -38,12 +38,12 @@ class ReplayDataModule(pl.LightningDataModule):
     never stale. Validation, test and predict batches are never touched. Where the buffer is empty and nothing fills
     it, a batch stays as it is.
 
-    Attributes of the wrapped datamodule that this class doesn't have can be read through it.
+    Attributes of the wrapped datamodule that this class doesn't have can be read and set through it, and its
+    hyper-parameters are this one's, too.
 
     Note:
-        Under :class:`~lightning_replay.SelfGeneratedReplay` with ``loss="kl"`` or ``"ntp"``, the rows drawn here
-        travel with the model's forward instead of joining the batch, so that ``training_step`` and its own loss see
-        the new rows alone.
+        Under ``SelfGeneratedReplay`` with ``loss="kl"`` or ``"ntp"``, the rows drawn here travel with the model's
+        forward instead of joining the batch, so that ``training_step`` and its own loss see the new rows alone.
 
     Note:
         Several processes hold equal buffers, those of process 0 at the start of the fit, and draw from them in step:
@@ -55,22 +55,22 @@ class ReplayDataModule(pl.LightningDataModule):
             in fractions of a row is carried to the next.
         mode: ``"append"`` keeps every new row and adds to them; ``"replace"`` keeps the batch size: the last
             new rows give way, at least one stays.
-        prior: Real prior rows, where you have some: a :class:`ReplayBuffer`, a tensor of token rows, or a dataloader
+        prior: Real prior rows, where you have some: a ``ReplayBuffer``, a tensor of token rows, or a dataloader
             of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
             at 4 bytes a token. A row is drawn again when all have been. Of a stream, which has no length, pass a part:
             ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
-        buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
-            rows of your own, make one and :meth:`~lightning_replay.ReplayBuffer.add` them. Or a folder of rows that
-            ``lightning-replay generate`` wrote, or :class:`~lightning_replay.ReplayShards` of it: they are read as they
+        buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of
+            rows of your own, make one and ``ReplayBuffer.add`` them. Or a folder of rows that
+            ``lightning-replay generate`` wrote, or ``ReplayShards`` of it: they are read as they
             are needed, each is used once (or ``uses_per_sample`` times), and nothing is sampled.
         padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
             does, else on the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
         save_buffer: Whether checkpoints hold the buffer's rows, at 4 bytes a token and what is cached of them. Without
             them, a resumed run samples anew, so it goes on well, but not bit for bit as if it had not stopped.
-        to_batch: For batches of other kinds: a function of the batch of new rows and the :class:`ReplayRows`
+        to_batch: For batches of other kinds: a function of the batch of new rows and the ``ReplayRows``
             (on the CPU) that returns the mixed batch.
 
     Raises:
@@ -179,12 +179,16 @@ class ReplayDataModule(pl.LightningDataModule):
             if is_overridden(name, self.wrapped):
                 setattr(self, name, getattr(self.wrapped, name))
         if self.wrapped.hparams:
-            self.save_hyperparameters(dict(self.wrapped.hparams), logger=False)
+            # The same object, not a copy: what tunes one of them, as `BatchSizeFinder` does, reaches the loaders.
+            self._hparams = self.wrapped.hparams
         self.save_hyperparameters({"replay_fraction": replay_fraction, "replay_mode": mode})
+        if prior is not None:
+            self.save_hyperparameters({"replay_prior_share": prior_share})
         self.prepare_data_per_node = self.wrapped.prepare_data_per_node
         self.allow_zero_length_dataloader_with_multiple_devices = (
             self.wrapped.allow_zero_length_dataloader_with_multiple_devices
         )
+        self._complete = True
 
     @property
     def trainer(self) -> pl.Trainer | None:
@@ -202,6 +206,14 @@ class ReplayDataModule(pl.LightningDataModule):
         if name.startswith("_") or name == "wrapped":  # private, or asked for while unpickling
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.wrapped, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes that are the wrapped datamodule's alone are set there, such as the batch size that is tuned."""
+        theirs = "_complete" in self.__dict__ and not (name.startswith("_") or name in self.__dict__)
+        if theirs and not hasattr(type(self), name) and hasattr(self.wrapped, name):
+            setattr(self.wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @override
     def setup(self, stage: str) -> None:

@@ -49,7 +49,7 @@ LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
 STEPS = 400
 FIRST_TASK_STEPS = 1500
-"""The first task is learned until :data:`LEARNED`, with these steps as a limit; the others for :data:`STEPS`."""
+"""The first task is learned until ``LEARNED``, with these steps as a limit; the others for ``STEPS``."""
 LEARNED = 0.995
 MEASURE_EVERY = 25
 HELD_OUT = 400

@@ -62,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what :meth:`ReplayBuffer.state_dict` returned, in the format that the suffix names.
+    """Write what ``ReplayBuffer.state_dict`` returned, in the format that the suffix names.
 
     Raises:
         ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``.
@@ -76,7 +76,7 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote. Whether the state makes sense is for the buffer to say.
+    """Read what ``write_state`` wrote. Whether the state makes sense is for the buffer to say.
 
     Raises:
         ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``, or the file is not whole.
@@ -188,7 +188,7 @@ def cached_columns(top_ids: Tensor, top_log_probs: Tensor) -> dict[str, Any]:
 
 
 def tokens_of(table: Any, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, lengths and targets of a table with the columns of :func:`token_columns`, padded to ``length``.
+    """Tokens, lengths and targets of a table with the columns of ``token_columns``, padded to ``length``.
 
     Padding is token 0, and no target.
 
@@ -209,7 +209,7 @@ def tokens_of(table: Any, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cached_of(table: Any, length: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """What a table with the columns of :func:`cached_columns` holds; empty tensors for a ``top_k`` of 0."""
+    """What a table with the columns of ``cached_columns`` holds; empty tensors for a ``top_k`` of 0."""
     cached = []
     for name, kept, dtype in (("top_ids", top_k, torch.int32), ("top_log_probs", top_k + 1, torch.float16)):
         shape = (table.num_rows, length - 1, kept if top_k else 0)

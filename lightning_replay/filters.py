@@ -1,6 +1,6 @@
 """Filters of samples: small callables that say which to keep. All are off unless they are asked for.
 
-A filter is called with :class:`~lightning_replay.sampling.Samples` and returns a boolean tensor of shape
+A filter is called with ``lightning_replay.sampling.Samples`` and returns a boolean tensor of shape
 ``(samples,)``, True where a sample is kept. Any function with that signature is one. How many samples each has dropped
 is logged as ``replay/dropped/<name>``.
 

@@ -19,6 +19,7 @@ from lightning_replay.arguments import check_package, is_whole
 from lightning_replay.batches import right_padded
 from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
+from lightning_replay.loggers import log_values, next_step, publish
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.processes import check_strategy, is_sharded
 from lightning_replay.reference import ReferenceCheckpoint, ReferenceKeeper
@@ -31,9 +32,10 @@ class ForgettingMonitor(Callback):
     """Measures a language model on held-out prior data before, during and after training.
 
     Once at fit start, then every ``every_n_steps`` optimizer steps and at the end, each prior set is evaluated, in
-    evaluation mode, without touching the global random state. The values go to every logger at the step
-    ``trainer.global_step`` (the number of optimizer steps behind the weights measured) and into
-    ``trainer.callback_metrics``, so ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. For each set:
+    evaluation mode, without touching the global random state. The values go to every logger at the step at which
+    Lightning logs the next batch's loss, which is that of the weights measured: ``trainer.global_step``, but for a
+    module with several optimizers, whose steps count one by one there. They also go into ``trainer.callback_metrics``,
+    so ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. For each set:
 
     - ``forgetting/<name>``: rise of the loss since fit start, in nats a token; positive is worse.
     - ``prior_loss/<name>``: next-token loss, in nats a token; ``prior_perplexity/<name>``: its exponential.
@@ -57,10 +59,10 @@ class ForgettingMonitor(Callback):
         max_batches: How many batches of each set to read at most; all of them by default. A set without a length, which
             might never end, needs it.
         kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
-            :class:`~lightning_replay.SelfGeneratedReplay` where that keeps it, else a copy of the weights.
+            ``SelfGeneratedReplay`` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
-            left out, as in :class:`~lightning_replay.SelfGeneratedReplay`.
-        reference_checkpoint: Where a copy of its own is saved, as for :class:`~lightning_replay.SelfGeneratedReplay`.
+            left out, as in ``SelfGeneratedReplay``.
+        reference_checkpoint: Where a copy of its own is saved, as for ``SelfGeneratedReplay``.
 
     Raises:
         TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.
@@ -133,6 +135,7 @@ class ForgettingMonitor(Callback):
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self._own_reference.begin_fit(trainer)
+        self.baseline, self._resumed = {}, False
         check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other.prior} & set(self.prior))
@@ -143,18 +146,17 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._own_reference.begin_training()
         self._model = find_language_model(pl_module, self.language_model)
         if self._resumed:
-            self._resumed = False
             # Other callbacks may ask for what was measured last before it is measured again.
-            _publish(trainer, self._values)
+            publish(trainer, self._values)
             return
-        if trainer.ckpt_path is not None:
+        if self._keeper(trainer).resumed_from(trainer) is not None:
             rank_zero_warn(
                 "The checkpoint was saved without this ForgettingMonitor: forgetting is measured from here on."
             )
-        self.baseline = {}
-        self._measure(trainer, pl_module)
+        self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
             for name, loader in self.prior.items():
                 if next(iter(loader), None) is None:
@@ -170,18 +172,19 @@ class ForgettingMonitor(Callback):
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         # With gradient accumulation, several batches end at one global step.
         if due and trainer.global_step != self._measured_at:
-            self._measure(trainer, pl_module)
+            # Lightning counts this batch only after its hooks.
+            self._measure(trainer, pl_module, next_step(trainer) + 1)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._measured_at:
-            self._measure(trainer, pl_module)
+            self._measure(trainer, pl_module, next_step(trainer))
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._own_reference.save(checkpoint)
+        self._own_reference.save(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -213,9 +216,9 @@ class ForgettingMonitor(Callback):
         self._measured_at = state_dict["measured_at"]
         self._values = dict(state_dict.get("values", {}))
         self.seconds = state_dict.get("seconds", 0.0)
-        self._resumed = True
+        self._resumed = bool(self.baseline)  # none, where it was saved before the first step
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Evaluate every prior set and hand the values to the loggers and to other callbacks."""
         values: dict[str, float] = {}
         started = time.perf_counter()
@@ -232,10 +235,8 @@ class ForgettingMonitor(Callback):
             if isinstance(callback, SelfGeneratedReplay):
                 callback.monitoring_seconds += elapsed
         self._measured_at = trainer.global_step
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
         self._values = values
-        _publish(trainer, values)
+        log_values(trainer, values, step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
         model = self._model
@@ -326,11 +327,6 @@ def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
             f"The prior set {name!r} has no length, so it might never end. Set `max_batches`, the batches to read of "
             "each set at most."
         )
-
-
-def _publish(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Let callbacks such as ``EarlyStopping`` monitor the values."""
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
 
 def _value(metric: Metric) -> float:

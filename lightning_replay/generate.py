@@ -38,7 +38,7 @@ class RowOptions:
             On a cluster, each machine has to find it under this name.
         rows: How many rows.
         sequence_length: Tokens in a row.
-        sample_length: Tokens sampled in one piece; see :class:`~lightning_replay.SelfGeneratedReplay`, as for the
+        sample_length: Tokens sampled in one piece; see ``SelfGeneratedReplay``, as for the
             next six.
         prompts: What samples begin with.
         temperature: Sampling temperature.
@@ -103,7 +103,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a call of :func:`generate_rows` has done.
+    """What a call of ``generate_rows`` has done.
 
     Attributes:
         rows: Rows in the folder.

@@ -38,7 +38,7 @@ class RowGenerator:
     """Draws samples from a language model and makes replay rows of them.
 
     Args:
-        prompts: What samples begin with; see :class:`~lightning_replay.SelfGeneratedReplay`, as for all others.
+        prompts: What samples begin with; see ``SelfGeneratedReplay``, as for all others.
         sample_length: Tokens sampled in one piece.
         temperature: Sampling temperature.
         top_k: Truncation of the distribution.

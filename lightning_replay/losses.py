@@ -79,7 +79,7 @@ def reverse_kl(
     .. math:: \frac{1}{|M|}\sum_{t \in M} \sum_v p_t(v)\,\bigl(\log p_t(v) - \log \pi_t(v)\bigr)
 
     It punishes what the model says and the reference would not; what the reference says and the model has dropped
-    costs little. Arguments, return value and errors are those of :func:`forward_kl`.
+    costs little. Arguments, return value and errors are those of ``forward_kl``.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ def jensen_shannon(
 
     .. math:: \tfrac12 \mathrm{KL}(\pi \,\|\, m) + \tfrac12 \mathrm{KL}(p \,\|\, m), \quad m = \tfrac12 (\pi + p)
 
-    (Lin 1991.) Arguments, return value and errors are those of :func:`forward_kl`.
+    (Lin 1991.) Arguments, return value and errors are those of ``forward_kl``.
 
     Example:
         >>> import torch
@@ -167,7 +167,7 @@ def divergence_from_top_k(
         logits: The model's logits, shape ``(rows, positions, vocabulary)``.
         ids: The reference's likeliest tokens, shape ``(rows, positions, k)``.
         log_probs: Their log-probabilities and the tail's, shape ``(rows, positions, k + 1)``, as
-            :func:`top_k_log_probs` gives. Normalised here, so rounded ones (16 bits) will do.
+            ``top_k_log_probs`` gives. Normalised here, so rounded ones (16 bits) will do.
         mask: True at the positions to average over, shape ``(rows, positions)``. All of them if left out.
         reduction: ``"mean"`` over the mask, or ``"none"`` for the divergence at every position.
         kind: ``"forward"``, ``"reverse"`` or ``"jensen_shannon"``.

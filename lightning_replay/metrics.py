@@ -1,4 +1,8 @@
-"""Metrics of what a language model knows and of what a sequence of tasks did to it. They work without a Trainer."""
+"""Metrics of what a language model knows and of what a sequence of tasks did to it. They work without a Trainer.
+
+Those of a sequence of tasks are from Lopez-Paz & Ranzato 2017 (GEM; arXiv 1706.08840) and Chaudhry et al. 2018 (RWalk;
+arXiv 1801.10112).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +73,7 @@ class TokenLoss(_TokenMean):
 
 
 class Perplexity(TokenLoss):
-    """``exp`` of the mean :class:`TokenLoss`.
+    """``exp`` of the mean ``TokenLoss``.
 
     Args:
         ignore_index: Targets of this value are left out.
@@ -137,7 +141,7 @@ class KLDrift(_TokenMean):
 
 
 def average_accuracy(matrix: Tensor) -> float:
-    """Mean accuracy over all tasks after the last one (ACC; Lopez-Paz & Ranzato 2017, section 3).
+    """Mean accuracy over all tasks after the last one (ACC; Lopez-Paz & Ranzato 2017, section 2).
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -155,7 +159,7 @@ def average_accuracy(matrix: Tensor) -> float:
 def backward_transfer(matrix: Tensor) -> float:
     """Mean change on earlier tasks, from just after each was learned to the end (BWT; Lopez-Paz & Ranzato 2017).
 
-    Negative where tasks are forgotten.
+    Negative where tasks are forgotten. Avalanche's ``StreamForgetting`` is its opposite.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -172,7 +176,7 @@ def backward_transfer(matrix: Tensor) -> float:
 
 
 def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
-    """Mean gain on a task from the tasks before it (FWT; Lopez-Paz & Ranzato 2017, section 3).
+    """Mean gain on a task from the tasks before it (FWT; Lopez-Paz & Ranzato 2017, section 2).
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -192,6 +196,8 @@ def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
 def forgetting_measure(matrix: Tensor) -> float:
     """Mean drop on earlier tasks, from the best accuracy each ever had to the end (Chaudhry et al. 2018, section 3).
 
+    At least as high as Avalanche's ``StreamForgetting``, which counts from the accuracy just after a task was learned.
+
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
 
@@ -208,6 +214,8 @@ def forgetting_measure(matrix: Tensor) -> float:
 
 def intransigence(matrix: Tensor, joint: Tensor) -> float:
     """Mean shortfall on each task when learned in sequence against learned jointly (Chaudhry et al. 2018, section 3).
+
+    They define it for each task; this is the mean over all.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.

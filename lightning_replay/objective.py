@@ -36,7 +36,7 @@ class ReplayObjective:
     """Adds ``coefficient`` times the replay loss to what ``training_step`` returns.
 
     Args:
-        loss: ``"kl"``, ``"ntp"`` or ``"lwf"``; see :class:`~lightning_replay.SelfGeneratedReplay`, as for all others.
+        loss: ``"kl"``, ``"ntp"`` or ``"lwf"``; see ``SelfGeneratedReplay``, as for all others.
         coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step.
         divergence: Which divergence.
         temperature: That of the divergence.

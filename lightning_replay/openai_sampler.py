@@ -92,7 +92,7 @@ class OpenAISampler:
     def __call__(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], length: int, generator: torch.Generator
     ) -> Samples:
-        """Continue prompts to samples of up to ``length`` tokens; see :data:`~lightning_replay.sampling.Sampler`.
+        """Continue prompts to samples of up to ``length`` tokens; see ``Sampler``.
 
         Raises:
             RuntimeError: If the server can't be reached, refuses, or answers something else.

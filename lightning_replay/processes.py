@@ -34,7 +34,7 @@ class Processes:
 
     They speak over a gloo group of their own, between their CPUs: no accelerator is waited for, and nothing of this
     comes between the collectives of the strategy. Each method is called by all of them, in the same order; where one
-    does not come within the strategy's time-out, the others get a :class:`LostProcessError`.
+    does not come within the strategy's time-out, the others get a ``LostProcessError``.
 
     Args:
         rank: The number of this process.
@@ -132,7 +132,7 @@ class Processes:
 
         Args:
             items: How many items there are.
-            make: Makes a part of them. Where it fails in one process, it fails in all; see :meth:`together`.
+            make: Makes a part of them. Where it fails in one process, it fails in all; see ``together``.
         """
         if self.lockstep:
             return [self.first(self.together(lambda: make(slice(0, items))))]

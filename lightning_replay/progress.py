@@ -19,9 +19,9 @@ _DESCRIPTION = "Sampling replay rows"
 
 @contextmanager
 def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any]]:
-    """A bar for refills of more than :data:`DELAY` seconds, where the Trainer shows bars at all.
+    """A bar for refills of more than ``DELAY`` seconds, where the Trainer shows bars at all.
 
-    Under :class:`~lightning.pytorch.callbacks.RichProgressBar` it is one more task of that bar's display, since rich
+    Under ``RichProgressBar`` it is one more task of that bar's display, since rich
     draws one live display at a time; otherwise it is a bar of tqdm's.
 
     Args:

@@ -37,7 +37,7 @@ class Prompts:
 def find_prompts(given: PromptsLike | None, model: LanguageModel, tokenizer: Any) -> Prompts:
     """Token ids of the prompts that a user asked for.
 
-    Texts begin with the start token, as documents in :class:`~lightning_replay.TextDataModule` do.
+    Texts begin with the start token, as documents in ``TextDataModule`` do.
 
     Args:
         given: ``"chat"``, texts, token ids, or None for the start token alone.

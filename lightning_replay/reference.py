@@ -31,6 +31,8 @@ ReferenceFrom = Literal["fit", "first"]
 ReferenceCheckpoint = Literal["inside", "beside"]
 
 _CHECKPOINT_KEY = "lightning_replay_reference"
+_UNTRAINED_KEY = "lightning_replay_untrained"
+"""In checkpoints whose weights are those at fit start."""
 
 
 class ReferenceModel(Protocol):
@@ -97,8 +99,8 @@ class MovingAverage(FrozenCopy):
     Args:
         model: The model to follow.
         decay: Share of the average that an update keeps.
-        dtype: As for :class:`FrozenCopy`; 16 bits round small updates away.
-        device: As for :class:`FrozenCopy`.
+        dtype: As for ``FrozenCopy``; 16 bits round small updates away.
+        device: As for ``FrozenCopy``.
     """
 
     def __init__(
@@ -190,6 +192,8 @@ class ReferenceKeeper:
         self._reference: FrozenCopy | ShardedCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None
         self._restored_idle_adapter = False
+        self._training = False
+        self._restored_untrained = False
 
     @property
     def is_model_at_fit_start(self) -> bool:
@@ -204,6 +208,18 @@ class ReferenceKeeper:
             self._reference = None
         self._restored = None
         self._restored_idle_adapter = False
+        self._training = self._restored_untrained = False
+
+    def begin_training(self) -> None:
+        """From here on, checkpoints of this fit hold weights that it has trained."""
+        self._training = True
+
+    def resumed_from(self, trainer: pl.Trainer) -> Any:
+        """The checkpoint whose training the fit goes on with; None where it begins anew.
+
+        Callbacks such as ``LearningRateFinder`` save one at fit start, try something and restore it.
+        """
+        return None if self._restored_untrained else trainer.ckpt_path
 
     def get(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
         """The reference; taken from the model if this fit has none yet.
@@ -238,12 +254,16 @@ class ReferenceKeeper:
         if isinstance(self._reference, MovingAverage):
             self._reference.update(model)
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
+    def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
+        if not self._training and self.resumed_from(trainer) is None:
+            checkpoint[_UNTRAINED_KEY] = True
         if isinstance(self._reference, (FrozenCopy, ShardedCopy)):
             checkpoint[self._key] = self._reference.state_dict()
-        elif isinstance(self._reference, DisabledAdapter):
+        elif isinstance(self._reference, DisabledAdapter) or self._restored_idle_adapter:
             checkpoint[self._key] = None
+        elif self._restored is not None:
+            checkpoint[self._key] = self._restored
 
     def load(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
         """Take the reference from a checkpoint, if it holds or names one.
@@ -251,6 +271,7 @@ class ReferenceKeeper:
         Raises:
             MisconfigurationException: If the file that it names is missing, or another one than was saved.
         """
+        self._restored_untrained = _UNTRAINED_KEY in checkpoint
         # Before references had owners, all of a run were saved under one key.
         key = self._key if self._key in checkpoint else _CHECKPOINT_KEY
         if key not in checkpoint:
@@ -273,7 +294,7 @@ class ReferenceKeeper:
         trainer.strategy.checkpoint_io = SavesReferenceBeside(outermost, self._key)
 
     def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy | ShardedCopy:
-        if trainer.ckpt_path is not None and self._restored is None:
+        if self.resumed_from(trainer) is not None and self._restored is None:
             raise MisconfigurationException(
                 f"The run resumes from {trainer.ckpt_path}, which holds no reference model: it was saved with "
                 "`save_weights_only=True` or without replay, and the model before finetuning can't be told from its "

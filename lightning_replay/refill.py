@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -21,6 +20,7 @@ from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.generation import RowGenerator, cache_reference, stream
 from lightning_replay.language_model import LanguageModel
+from lightning_replay.loggers import log_samples, log_values, next_step
 from lightning_replay.processes import LostProcessError
 from lightning_replay.progress import refill_bar
 from lightning_replay.reference import FrozenCopy, ReferenceModel
@@ -283,21 +283,13 @@ class Refiller:
         )
 
     def _log(self, supply: Supply, made: _Made) -> None:
-        step, loggers = supply.trainer.global_step, supply.trainer.loggers
-        values = {f"replay/quality/{name}": value for name, value in made.quality.items()}
-        for logger in loggers:
-            logger.log_metrics(values, step=step)
-        supply.trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        trainer, tokenizer = supply.trainer, supply.tokenizer
+        step = next_step(trainer)
+        log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
         rows = made.rows.take(torch.arange(min(self.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
-        tokenizer = supply.tokenizer
         texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
-        for logger in loggers if texts else ():
-            if isinstance(logger, TensorBoardLogger):
-                fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
-                logger.experiment.add_text("replay/samples", fenced, step)
-            elif isinstance(logger, WandbLogger):
-                logger.log_text("replay/samples", columns=["sample"], data=[[text] for text in texts])
+        log_samples(trainer, texts, step)
 
 
 def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:

@@ -18,6 +18,7 @@ from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
 from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens
 from lightning_replay.language_model import LanguageModel, find_language_model
+from lightning_replay.loggers import plain
 from lightning_replay.losses import Divergence
 from lightning_replay.objective import Forward, ReplayObjective
 from lightning_replay.processes import check_strategy
@@ -44,8 +45,8 @@ Source = Literal["reference", "live"]
 class SelfGeneratedReplay(Callback):
     r"""Replays rows that the model itself wrote, so that finetuning does not make it forget (arXiv 2605.26097).
 
-    Before the first step it fills the buffer of the :class:`~lightning_replay.ReplayDataModule` with samples, and
-    whenever all of them have been used it samples new ones. With ``loss="kl"`` or ``"ntp"`` it adds
+    Before the first step it fills the buffer of the ``ReplayDataModule`` with samples, and whenever all of them have
+    been used it samples new ones. With ``loss="kl"`` or ``"ntp"`` it adds
 
     .. math:: \text{coefficient} \cdot \text{replay loss}
 
@@ -60,7 +61,8 @@ class SelfGeneratedReplay(Callback):
     ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams that repeat earlier
     ones), ``log_prob`` (nats a token under the model sampled, which is π for ``source="reference"``), ``ended`` (share
     of samples with the end token), ``length`` and ``degenerate`` (share of samples that are empty or one repeated
-    token); a few samples go to TensorBoard and Weights & Biases as text.
+    token); a few samples go to TensorBoard, Weights & Biases and MLflow as text. The arguments are logged as
+    hyper-parameters, under ``SelfGeneratedReplay/``.
 
     Note:
         Nothing is sampled, copied or wrapped where ``replay_fraction`` is 0, except for ``"lwf"``, which has no replay
@@ -70,6 +72,10 @@ class SelfGeneratedReplay(Callback):
         With a folder of rows that ``lightning-replay generate`` wrote, ``ReplayDataModule(buffer=folder)``, nothing is
         sampled: each row is read when it is due. ``reference="cached"`` takes the log-probabilities that were generated
         with them. What is said below of sampling then holds of that command, whose settings the folder keeps.
+
+    Note:
+        ``BatchSizeFinder`` and ``LearningRateFinder`` try steps before π is taken, so without replay, and what they try
+        leaves no trace. Leave memory for the replay rows and the reference.
 
     Note:
         Of several processes, each samples a part of a refill, and all have the rows that one process would have.
@@ -139,20 +145,20 @@ class SelfGeneratedReplay(Callback):
         min_p: Sample from tokens that reach this share of the likeliest one's probability.
         stop_at_eos: Whether the end token ends a sample. By default it doesn't, as in the paper. Shorter samples
             follow one another in a row, as documents in packed text do.
-        filters: Which samples to keep; see :mod:`lightning_replay.filters`.
-        sampler: A function to sample with instead of :func:`~lightning_replay.sampling.sample_rows`; see
-            :data:`~lightning_replay.sampling.Sampler`. It sees to temperature, truncation and end tokens itself. Of
-            several processes, each calls it with prompts and a generator of its own.
+        filters: Which samples to keep; see ``lightning_replay.filters``.
+        sampler: A function to sample with instead of ``sample_rows``; see ``lightning_replay.sampling.Sampler``. It
+            sees to temperature, truncation and end tokens itself. Of several processes, each calls it with prompts and
+            a generator of its own.
         tokenizer: Decodes the previews and tells start and end tokens. By default the datamodule's or the module's
             ``tokenizer`` attribute, where there is one.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default its
             Hugging Face or PEFT model, else the child that holds all parameters, else the module itself.
         ignore_index: The label that the user's loss leaves out, where the model computes the loss itself.
-        previews: How many samples of each refill to log as text.
+        previews: How many samples of each refill to log as text; 0 for none.
         seed: Seed of sampling. By default the global seed at the first fit.
 
     Attributes:
-        monitoring_seconds: What the :class:`~lightning_replay.ForgettingMonitor` callbacks of the Trainer have taken in
+        monitoring_seconds: What the ``ForgettingMonitor`` callbacks of the Trainer have taken in
             this fit; they add to it.
 
     Raises:
@@ -205,6 +211,9 @@ class SelfGeneratedReplay(Callback):
         previews: int = 3,
         seed: int | None = None,
     ) -> None:
+        self.hparams = plain({name: value for name, value in locals().items() if name != "self"})
+        """The arguments as hyper-parameters: numbers and texts as they are, all else by its name."""
+
         _check_choice("loss", loss, Loss)
         _check_choice("source", source, Source)
         _check_choice("divergence", divergence, Divergence)
@@ -291,6 +300,9 @@ class SelfGeneratedReplay(Callback):
         self._data = None if self.loss == "lwf" else _replay_datamodule(trainer)
         if self._data is None or self._data.replay_fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
+        if self._data is not None:
+            # Lightning logs them with the module's: of two records, TensorBoard would show one alone.
+            self._data.save_hyperparameters({"SelfGeneratedReplay": self.hparams})
         if self.loss != "mixed" and not pl_module.automatic_optimization:
             function = {"kl": "forward_kl", "lwf": "forward_kl", "ntp": "next_token_loss"}[self.loss]
             raise MisconfigurationException(
@@ -312,18 +324,21 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reference.begin_training()
         data = self._data
         if self.loss != "lwf" and (data is None or not data.replay_fraction):
             return
         self._model = model = find_language_model(pl_module, self.language_model)
         self._began, self._rows_before = self._seconds_so_far(), self.refiller.generator.rows
         if data is None:
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"SelfGeneratedReplay": self.hparams})
             self.reference.get(trainer, model)
             self._undo.append(self.objective.wrap(trainer, pl_module, model, None))
             return
         if self.seed is None:
             self.seed = data.processes.first(torch.initial_seed())
-        if trainer.ckpt_path is None and self.reference.since == "fit":
+        if self.reference.resumed_from(trainer) is None and self.reference.since == "fit":
             self.refiller.forget(data)  # what an earlier fit left in it came from another reference
         if data.shards is not None:
             self._check_shards(trainer, model, data.shards)
@@ -392,7 +407,7 @@ class SelfGeneratedReplay(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.reference.save(checkpoint)
+        self.reference.save(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -446,8 +461,8 @@ class SelfGeneratedReplay(Callback):
 
     def _trained_by(self, trainer: pl.Trainer) -> str | None:
         """What has trained the model before this fit began, since its reference was taken."""
-        if trainer.ckpt_path is not None:
-            return f"the run up to {trainer.ckpt_path}"
+        if (checkpoint := self.reference.resumed_from(trainer)) is not None:
+            return f"the run up to {checkpoint}"
         return "an earlier fit" if self.reference.since == "first" and self.refiller.generator.rows else None
 
     def _cache_prior(
@@ -455,7 +470,7 @@ class SelfGeneratedReplay(Callback):
     ) -> None:
         """Let real prior rows carry the reference's log-probabilities, as the sampled ones will."""
         prior = data.prior
-        kept = trainer.ckpt_path is not None or self.reference.since == "first"
+        kept = self.reference.resumed_from(trainer) is not None or self.reference.since == "first"
         if prior is None or (prior.top_k and kept):
             return
         top_k = self.reference_top_k if data.shards is None else data.shards.top_k
@@ -476,7 +491,7 @@ class SelfGeneratedReplay(Callback):
         shards.check_options(given, self.sequence_length, self.refiller.temperature if self._caches else None)
         # Once the model has trained, its weights no longer tell whether it wrote the rows.
         kept = self.reference.since == "first" and self._compared == shards.manifest.identity
-        shards.check_fits(model, adapter_is_idle(model), known=trainer.ckpt_path is not None or kept)
+        shards.check_fits(model, adapter_is_idle(model), known=self.reference.resumed_from(trainer) is not None or kept)
         self._compared = shards.manifest.identity
         shards.with_log_probs = self._caches
 

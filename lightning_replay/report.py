@@ -89,9 +89,9 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     """Write ``report.html``, a page that needs no other file, and its pictures as PNG.
 
     Args:
-        folders: Where the logs of runs are; see :func:`~lightning_replay.run_logs.read_runs`.
+        folders: Where the logs of runs are; see ``read_runs``.
         output: Folder to write to; made where it is missing.
-        new_loss: Key of the new task's loss; by default the one of :data:`NEW_LOSSES` that most runs have.
+        new_loss: Key of the new task's loss; by default the one of ``NEW_LOSSES`` that most runs have.
 
     Returns:
         What was written, the page first.

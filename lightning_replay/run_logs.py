@@ -13,7 +13,7 @@ _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
 MONITOR_SECONDS = "forgetting/seconds"
 """The one key of the monitor that belongs to no prior set."""
 _MONITOR_KEYS = ("forgetting/", "prior_loss/", "prior_perplexity/", "prior_accuracy/", "prior_kl/")
-"""What the keys of :class:`ForgettingMonitor` begin with; the name of a prior set follows."""
+"""What the keys of ``ForgettingMonitor`` begin with; the name of a prior set follows."""
 _CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
 _SAMPLES = "replay/samples/text_summary"
 
@@ -161,5 +161,5 @@ def _read_events(folder: Path, run: RunLog) -> None:
 
 
 def _unfenced(markdown: str) -> list[str]:
-    """The samples that :class:`SelfGeneratedReplay` put between fences of Markdown."""
+    """The samples that ``SelfGeneratedReplay`` put between fences of Markdown."""
     return markdown.removeprefix("```\n").removesuffix("\n```").split("\n```\n\n```\n")

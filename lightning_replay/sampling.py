@@ -45,7 +45,7 @@ class Samples(NamedTuple):
 
 Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Tensor | Samples]
 """Called with the model (in evaluation mode, without gradients), a prompt for each sample, the length of a sample and
-a CPU generator; returns the samples, prompts included: token ids of shape ``(samples, length)``, or :class:`Samples`
+a CPU generator; returns the samples, prompts included: token ids of shape ``(samples, length)``, or ``Samples``
 where they are shorter or where their log-probabilities are known."""
 
 
@@ -87,7 +87,7 @@ def sample_rows(
         reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
             reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
             and ``stop`` ends the second turn.
-        compiled: Whether `torch.compile` makes the model's forward; see :class:`~lightning_replay.decoding.Decoder`.
+        compiled: Whether `torch.compile` makes the model's forward; see ``Decoder``.
         part: Which of the samples to draw, where several processes share the work; all of them by default.
         batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
         shrunk: Called with each smaller batch size.

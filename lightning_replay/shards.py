@@ -219,7 +219,7 @@ class ReplayShards:
         return stream(int(self.manifest.settings["seed"]), 0, 0).initial_seed()
 
     def next_rows(self) -> ReplayRows:
-        """Read the next :attr:`read_rows` rows; their ``uses`` say how often each has been read before.
+        """Read the next ``read_rows`` rows; their ``uses`` say how often each has been read before.
 
         Raises:
             ValueError: If a shard can't be read, or is not as it was written.
@@ -242,7 +242,7 @@ class ReplayShards:
         return ReplayRows.cat(parts)._replace(uses=torch.cat(uses))
 
     def check_options(self, sampling: Sequence[str], length: int | None, cached_temperature: float | None) -> None:
-        """Refuse what :class:`~lightning_replay.SelfGeneratedReplay` was told and these rows can't give.
+        """Refuse what ``SelfGeneratedReplay`` was told and these rows can't give.
 
         Args:
             sampling: Options that it was given and that are about sampling.

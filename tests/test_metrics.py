@@ -1,4 +1,10 @@
+import importlib.metadata
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -40,12 +46,14 @@ def test_perplexity_and_loss_equal_torchmetrics_where_that_is_exact() -> None:
     assert float(loss.compute()) == pytest.approx(math.log(float(theirs.compute())), rel=1e-6)
 
 
-def test_an_impossible_token_keeps_the_loss_finite() -> None:
+def test_the_loss_holds_where_torchmetrics_overflows() -> None:
     logits = torch.zeros(1, 1, 2)
     logits[..., 0] = 110
-    metric = TokenLoss()
-    metric.update(logits, torch.tensor([[1]]))
-    assert float(metric.compute()) == 110
+    ours, theirs = TokenLoss(), TorchmetricsPerplexity()
+    for metric in (ours, theirs):
+        metric.update(logits, torch.tensor([[1]]))
+    assert float(ours.compute()) == 110
+    assert math.isinf(float(theirs.compute()))
 
 
 def test_token_accuracy_is_the_share_of_likeliest_tokens_over_all_batches() -> None:
@@ -75,6 +83,80 @@ def test_metrics_are_nan_before_any_token() -> None:
     metric = TokenLoss()
     metric.update(torch.zeros(1, 2, 3), torch.full((1, 2), -100))
     assert math.isnan(float(metric.compute()))
+
+
+@pytest.fixture
+def avalanche(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Avalanche's metric modules alone: importing all of the package takes torchvision."""
+    try:
+        folder = Path(str(importlib.metadata.distribution("avalanche-lib").locate_file("avalanche")))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("compares with Avalanche: pip install --no-deps avalanche-lib")
+    for name in ("avalanche", "avalanche.evaluation.metrics"):
+        package = ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, package)
+    from avalanche.evaluation.metrics import accuracy, mean
+
+    package.Accuracy, package.Mean = accuracy.Accuracy, mean.Mean  # type: ignore[attr-defined]
+    package.TaskAwareAccuracy = accuracy.TaskAwareAccuracy  # type: ignore[attr-defined]
+    yield package
+    for name in [name for name in sys.modules if name.startswith("avalanche.")]:
+        del sys.modules[name]
+
+
+TASKS, EXAMPLES = 5, 40
+
+
+def answered(seed: int, avalanche: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Answers that a learner gives after no task and after each, and the accuracies that Avalanche finds in them."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(4, (TASKS, EXAMPLES), generator=generator)
+    guesses = torch.randint(4, (TASKS + 1, TASKS, EXAMPLES), generator=generator)
+    known = torch.rand(guesses.shape, generator=generator) < torch.rand(TASKS + 1, TASKS, 1, generator=generator)
+    answers = torch.where(known, targets, guesses)
+    matrix = torch.zeros(TASKS + 1, TASKS, dtype=torch.float64)
+    for stage in range(TASKS + 1):
+        for task in range(TASKS):
+            accuracy = avalanche.Accuracy()
+            accuracy.update(answers[stage, task], targets[task])
+            matrix[stage, task] = accuracy.result()
+    overall = avalanche.Accuracy()
+    overall.update(answers[-1].flatten(), targets.flatten())
+    return matrix[1:], matrix[0], torch.tensor(overall.result())
+
+
+def mean_of(values: dict[int, float], avalanche: Any) -> float:
+    mean = avalanche.Mean()
+    for value in values.values():
+        mean.update(value)
+    result: float = mean.result()
+    return result
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("seed", range(5))
+def test_continual_learning_metrics_equal_avalanche_s_on_the_same_answers(avalanche: Any, seed: int) -> None:
+    from avalanche.evaluation.metrics.forgetting_bwt import BWT, Forgetting
+    from avalanche.evaluation.metrics.forward_transfer import ForwardTransfer
+
+    matrix, untrained, overall = answered(seed, avalanche)
+    forgetting, from_the_best, backward, forward = Forgetting(), Forgetting(), BWT(), ForwardTransfer()
+    for task in range(TASKS - 1):
+        for metric in (forgetting, backward):
+            metric.update(task, float(matrix[task, task]), initial=True)
+        from_the_best.update(task, float(matrix[:-1, task].max()), initial=True)
+        for metric in (forgetting, from_the_best, backward):
+            metric.update(task, float(matrix[-1, task]))
+        forward.update(task + 1, float(untrained[task + 1]), initial=True)
+        forward.update(task + 1, float(matrix[task, task + 1]))
+    assert average_accuracy(matrix) == pytest.approx(float(overall))
+    assert backward_transfer(matrix) == pytest.approx(mean_of(backward.result(), avalanche))
+    assert forward_transfer(matrix, untrained) == pytest.approx(mean_of(forward.result(), avalanche))
+    # Avalanche counts from the accuracy right after the task, Chaudhry et al. from the best one before the last.
+    assert -backward_transfer(matrix) == pytest.approx(mean_of(forgetting.result(), avalanche))
+    assert forgetting_measure(matrix) == pytest.approx(mean_of(from_the_best.result(), avalanche))
+    assert forgetting_measure(matrix) > mean_of(forgetting.result(), avalanche)
 
 
 def test_continual_learning_metrics_by_hand() -> None:

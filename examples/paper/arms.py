@@ -17,7 +17,7 @@ class Arm:
     """One way to finetune.
 
     Attributes:
-        replay: Arguments of :class:`SelfGeneratedReplay`; None for no replay.
+        replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
         text: Whose the replay rows are: the model's own samples, prior text, or text of another kind.
         changes: What else differs from plain finetuning.
         slowness: What the learning rate is divided by.

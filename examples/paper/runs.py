@@ -29,7 +29,7 @@ from lightning_replay.demo import learn_sequence, quiet_lightning, replay_of
 
 @dataclass(frozen=True)
 class Text:
-    """A local file or a dataset on the hub, as :class:`TextDataModule` reads it."""
+    """A local file or a dataset on the hub, as ``TextDataModule`` reads it."""
 
     data: str
     column: str = "text"
@@ -92,7 +92,7 @@ class Finetuning(Run):
         steps: Optimizer steps at most.
         every: Steps between measurements; in the beginning, a fifth of that.
         until: The new-task loss to stop at, if any.
-        replay: Arguments of :class:`SelfGeneratedReplay`; None for no replay.
+        replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
         replayed: Text to replay instead of samples.
         replay_fraction: Share of replay rows in a mixed batch.
         lora_rank: Rank of an adapter to train instead of the weights.
@@ -118,7 +118,7 @@ class Finetuning(Run):
     held_out: int = 128
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Train; returns ``points``, as :class:`Point` has them."""
+        """Train; returns ``points``, as ``Point`` has them."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
         new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
         sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
@@ -404,7 +404,7 @@ def at_new_loss(trajectory: Sequence[Point], level: float, name: str) -> float:
     Args:
         trajectory: What was measured, in order.
         level: The new-task loss.
-        name: The attribute of :class:`Point` that is asked for.
+        name: The attribute of ``Point`` that is asked for.
 
     Returns:
         The value at the first passage; NaN where the run begins below the level or doesn't come so far.
