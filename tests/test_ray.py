@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from lightning_replay import RowOptions, generate_rows
 from lightning_replay.shards import Manifest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.integration]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -232,8 +232,8 @@ def main(scripts: Mapping[str, Script], description: str) -> None:
     (options.output / ("results.md" if len(scripts) > 1 else f"{next(iter(scripts))}.md")).write_text(results)
     print(f"\n{results}\nWrote these lines, pictures and CSV files to {options.output}.")
     for page in options.fill:
-        scripts = os.path.relpath(Path(__file__).parent, page.resolve().parent)
-        fill(page, "paper results", re.sub(r"\]\((\w+\.py)\)", rf"]({scripts}/\1)", "\n".join(lines)))
+        here = os.path.relpath(Path(__file__).parent, page.resolve().parent)
+        fill(page, "paper results", re.sub(r"\]\((\w+\.py)\)", rf"]({here}/\1)", "\n".join(lines)))
         fill(page, "paper details", "\n\n".join(details))
 
 
