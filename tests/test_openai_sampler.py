@@ -18,8 +18,6 @@ from tests.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
 pytest.importorskip("openai", reason="needs the extra `openai`")
 from lightning_replay.openai_sampler import OpenAISampler
 
-pytestmark = pytest.mark.integration
-
 LENGTH = 12
 
 
