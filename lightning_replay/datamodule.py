@@ -11,6 +11,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -21,9 +22,10 @@ from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_cou
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.processes import Processes
 
-__all__ = ["ReplayDataModule"]
+__all__ = ["ReplayDataModule", "loader_of"]
 
 Mode = Literal["append", "replace"]
+Part = Literal["train_dataloader", "val_dataloader"]
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 _HOOKS = ("prepare_data", "on_before_batch_transfer", "transfer_batch_to_device")
 
@@ -55,8 +57,8 @@ class ReplayDataModule(pl.LightningDataModule):
             new rows give way, at least one stays.
         prior: Real prior rows, where you have some: a :class:`ReplayBuffer`, a tensor of token rows, or a dataloader
             of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
-            at 4 bytes a token. A row is drawn again when all have been. Of a stream, which has no length, pass a part:
-            ``list(itertools.islice(stream, 100))``.
+            at 4 bytes a token; of a datamodule, its ``train_dataloader``. A row is drawn again when all have been. Of
+            a stream, which has no length, pass a part: ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
         buffer: The replay buffer. By default :class:`~lightning_replay.SelfGeneratedReplay` makes one; for replay of
@@ -88,7 +90,7 @@ class ReplayDataModule(pl.LightningDataModule):
         replay_fraction: float = 0.2,
         mode: Mode = "append",
         buffer: ReplayBuffer | None = None,
-        prior: ReplayBuffer | Tensor | Iterable[Any] | None = None,
+        prior: ReplayBuffer | pl.LightningDataModule | Tensor | Iterable[Any] | None = None,
         prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
@@ -202,7 +204,8 @@ class ReplayDataModule(pl.LightningDataModule):
         if stage == "fit":
             self.new_tokens = self.replay_tokens = 0
         if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
-            self.prior = _read(self._prior)
+            with isolate_rng():
+                self.prior = _read(_loader_of_prior(self._prior, self.trainer))
         if stage == "fit" and self.replay_fraction and self.trainer is not None:
             self._join_processes(self.trainer)
         self.wrapped.setup(stage)
@@ -387,17 +390,54 @@ def _dealt(rows: int, room: Sequence[int]) -> list[int]:
 
 def _check_prior(prior: Any) -> None:
     """Refuse what isn't rows, and a loader that might never end."""
-    if prior is None or isinstance(prior, (ReplayBuffer, Tensor)):
+    check_package(prior, "`prior`")
+    if prior is None or isinstance(prior, (ReplayBuffer, Tensor, pl.LightningDataModule)):
         return
     if not isinstance(prior, Iterable) or isinstance(prior, (str, Mapping)):
         raise TypeError(
-            f"`prior` is a ReplayBuffer, a tensor of token rows or a dataloader of batches; got {type(prior).__name__}."
+            "`prior` is a ReplayBuffer, a tensor of token rows, a datamodule or a dataloader of batches; got "
+            f"{type(prior).__name__}."
         )
     if sized_len(prior) is None:
         raise ValueError(
             "`prior` is read to its end and kept in memory, but it has no length, so it might never end. Pass a part "
             "of it: `prior=list(itertools.islice(prior, 100))` for 100 batches."
         )
+
+
+def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | None) -> Iterable[Any]:
+    """A loader of a datamodule that is not the Trainer's own, made ready as the Trainer makes its own ready.
+
+    Args:
+        data: The datamodule.
+        part: The name of the loader.
+        trainer: Whose processes all call this; None for a single one.
+
+    Raises:
+        MisconfigurationException: If the datamodule has no such loader.
+    """
+    if not is_overridden(part, data):
+        raise MisconfigurationException(
+            f"{type(data).__name__} is given as prior data, but it has no `{part}`. Pass a datamodule that has one, or "
+            "a dataloader."
+        )
+    if trainer is None or not (trainer.local_rank if data.prepare_data_per_node else trainer.global_rank):
+        data.prepare_data()
+    if trainer is not None:
+        trainer.strategy.barrier()
+    data.setup("fit")
+    loader: Iterable[Any] = getattr(data, part)()
+    return loader
+
+
+def _loader_of_prior(
+    prior: ReplayBuffer | pl.LightningDataModule | Tensor | Iterable[Any], trainer: pl.Trainer | None
+) -> ReplayBuffer | Tensor | Iterable[Any]:
+    if not isinstance(prior, pl.LightningDataModule):
+        return prior
+    loader = loader_of(prior, "train_dataloader", trainer)
+    _check_prior(loader)
+    return loader
 
 
 def _checked_mix(mixed: Any, batch: Any) -> Any:
