@@ -150,13 +150,13 @@ def assistant_tokens(
         if message["role"] != "assistant":
             continue
         if not turn:
-            raise ValueError("the assistant speaks first, and the template doesn't mark its part with `{% generation %}`")
+            raise ValueError("the assistant speaks first, and the template marks nothing with `{% generation %}`")
         before = _tokens(tokenizer, messages[:turn], add_generation_prompt=True)
         until = _tokens(tokenizer, messages[: turn + 1])
         if until[: len(before)] != before or whole[: len(until)] != until:
             raise ValueError(
-                f"it writes the messages up to {turn} in another way once others follow, so the tokens that the assistant "
-                "says can't be told exactly. Take a template that marks them with `{% generation %}` and "
+                f"it writes the messages up to {turn} in another way once others follow, so the tokens that the "
+                "assistant says can't be told exactly. Take a template that marks them with `{% generation %}` and "
                 "`{% endgeneration %}`"
             )
         said[len(before) : len(until)] = [True] * (len(until) - len(before))

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_number, is_whole
-from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
+from lightning_replay.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.processes import Processes
 
@@ -86,11 +86,11 @@ class ReplayDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        data: pl.LightningDataModule | Iterable[Any],
+        data: pl.LightningDataModule | Batches,
         replay_fraction: float = 0.2,
         mode: Mode = "append",
         buffer: ReplayBuffer | None = None,
-        prior: ReplayBuffer | pl.LightningDataModule | Tensor | Iterable[Any] | None = None,
+        prior: ReplayBuffer | pl.LightningDataModule | Tensor | Batches | None = None,
         prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
@@ -405,7 +405,7 @@ def _check_prior(prior: Any) -> None:
         )
 
 
-def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | None) -> Iterable[Any]:
+def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | None) -> Batches:
     """A loader of a datamodule that is not the Trainer's own, made ready as the Trainer makes its own ready.
 
     Args:
@@ -426,13 +426,13 @@ def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | No
     if trainer is not None:
         trainer.strategy.barrier()
     data.setup("fit")
-    loader: Iterable[Any] = getattr(data, part)()
+    loader: Batches = getattr(data, part)()
     return loader
 
 
 def _loader_of_prior(
-    prior: ReplayBuffer | pl.LightningDataModule | Tensor | Iterable[Any], trainer: pl.Trainer | None
-) -> ReplayBuffer | Tensor | Iterable[Any]:
+    prior: ReplayBuffer | pl.LightningDataModule | Tensor | Batches, trainer: pl.Trainer | None
+) -> ReplayBuffer | Tensor | Batches:
     if not isinstance(prior, pl.LightningDataModule):
         return prior
     loader = loader_of(prior, "train_dataloader", trainer)
@@ -451,7 +451,7 @@ def _checked_mix(mixed: Any, batch: Any) -> Any:
     return mixed
 
 
-def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:
+def _read(prior: ReplayBuffer | Tensor | Batches) -> ReplayBuffer:
     """Real prior rows in a buffer of their own.
 
     Raises:
@@ -473,10 +473,10 @@ def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:
 class _TrainLoader(pl.LightningDataModule):
     """A bare training loader as a datamodule."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Batches) -> None:
         super().__init__()
         self.loader = loader
 
     @override
-    def train_dataloader(self) -> Iterable[Any]:
+    def train_dataloader(self) -> Batches:
         return self.loader

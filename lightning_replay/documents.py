@@ -1,4 +1,4 @@
-"""Documents from the Hugging Face hub or from local files, tokenised to rows and divided into training and validation."""
+"""Documents from the Hugging Face hub or from local files, as rows of tokens for training and validation."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -135,9 +135,25 @@ class DocumentDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader("validation", shuffle=False) if len(self._rows["validation"]) else []
 
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """What is held out, or everything where that is nothing."""
+        return self._loader("validation" if len(self._rows["validation"]) else "train", shuffle=False)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """As for a test."""
+        return self.test_dataloader()
+
     def _loader(self, part: str, shuffle: bool) -> DataLoader[Any]:
         rows = self._rows[part].with_format("torch")
-        return DataLoader(rows, self.batch_size, shuffle=shuffle, num_workers=self.num_workers, collate_fn=self.collate)
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,  # by its name: where it predicts, Lightning makes the loader again
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+        )
 
     def _read(self) -> Dataset:
         """The documents, a row each."""
@@ -158,7 +174,6 @@ class DocumentDataModule(pl.LightningDataModule):
         missing = [column for column in self.columns if column not in documents.column_names]
         if missing:
             raise ValueError(
-                f"{self.data} has no column {missing}; it has {documents.column_names}. Set "
-                f"`{self._columns_argument}`."
+                f"{self.data} has no column {missing}; it has {documents.column_names}. Set `{self._columns_argument}`."
             )
         return documents if self.max_documents is None else documents.take(min(self.max_documents, len(documents)))

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_whole
-from lightning_replay.batches import right_padded
+from lightning_replay.batches import Batches, right_padded
 from lightning_replay.datamodule import loader_of
 from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
@@ -27,7 +27,7 @@ from lightning_replay.replay import SelfGeneratedReplay
 
 __all__ = ["ForgettingMonitor"]
 
-PriorSet = pl.LightningDataModule | Iterable[Any]
+PriorSet = pl.LightningDataModule | Batches
 
 
 class ForgettingMonitor(Callback):
@@ -120,7 +120,7 @@ class ForgettingMonitor(Callback):
         """Wall-clock time spent on measuring, over all fits."""
 
         self._own_reference = ReferenceKeeper(checkpoint=reference_checkpoint, owner=",".join(sorted(names)))
-        self._loaders: dict[str, Iterable[Any]] = {}
+        self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1
         self._values: dict[str, float] = {}
