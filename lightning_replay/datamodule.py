@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,14 +17,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_number, is_whole
-from lightning_replay.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
+from lightning_replay.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
+from lightning_replay.prior import Prior, check_prior, read_prior
 from lightning_replay.processes import Processes
 
-__all__ = ["ReplayDataModule", "loader_of"]
+__all__ = ["ReplayDataModule"]
 
 Mode = Literal["append", "replace"]
-Part = Literal["train_dataloader", "val_dataloader"]
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 _HOOKS = ("prepare_data", "on_before_batch_transfer", "transfer_batch_to_device")
 
@@ -90,7 +89,7 @@ class ReplayDataModule(pl.LightningDataModule):
         replay_fraction: float = 0.2,
         mode: Mode = "append",
         buffer: ReplayBuffer | None = None,
-        prior: ReplayBuffer | pl.LightningDataModule | Tensor | Batches | None = None,
+        prior: Prior | None = None,
         prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
@@ -119,7 +118,7 @@ class ReplayDataModule(pl.LightningDataModule):
             raise TypeError(f"`buffer` is a ReplayBuffer; got {type(buffer).__name__}. Pass your rows as `prior`.")
         if to_batch is not None and not callable(to_batch):
             raise TypeError(f"`to_batch` is a function of the batch and the ReplayRows; got {to_batch!r}.")
-        _check_prior(prior)
+        check_prior(prior)
         self.wrapped = data if isinstance(data, pl.LightningDataModule) else _TrainLoader(data)
         super().__init__()
         self.replay_fraction = replay_fraction
@@ -205,7 +204,7 @@ class ReplayDataModule(pl.LightningDataModule):
             self.new_tokens = self.replay_tokens = 0
         if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
             with isolate_rng():
-                self.prior = _read(_loader_of_prior(self._prior, self.trainer))
+                self.prior = read_prior(self._prior, self.trainer)
         if stage == "fit" and self.replay_fraction and self.trainer is not None:
             self._join_processes(self.trainer)
         self.wrapped.setup(stage)
@@ -388,58 +387,6 @@ def _dealt(rows: int, room: Sequence[int]) -> list[int]:
     return takers[:rows]
 
 
-def _check_prior(prior: Any) -> None:
-    """Refuse what isn't rows, and a loader that might never end."""
-    check_package(prior, "`prior`")
-    if prior is None or isinstance(prior, (ReplayBuffer, Tensor, pl.LightningDataModule)):
-        return
-    if not isinstance(prior, Iterable) or isinstance(prior, (str, Mapping)):
-        raise TypeError(
-            "`prior` is a ReplayBuffer, a tensor of token rows, a datamodule or a dataloader of batches; got "
-            f"{type(prior).__name__}."
-        )
-    if sized_len(prior) is None:
-        raise ValueError(
-            "`prior` is read to its end and kept in memory, but it has no length, so it might never end. Pass a part "
-            "of it: `prior=list(itertools.islice(prior, 100))` for 100 batches."
-        )
-
-
-def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | None) -> Batches:
-    """A loader of a datamodule that is not the Trainer's own, made ready as the Trainer makes its own ready.
-
-    Args:
-        data: The datamodule.
-        part: The name of the loader.
-        trainer: Whose processes all call this; None for a single one.
-
-    Raises:
-        MisconfigurationException: If the datamodule has no such loader.
-    """
-    if not is_overridden(part, data):
-        raise MisconfigurationException(
-            f"{type(data).__name__} is given as prior data, but it has no `{part}`. Pass a datamodule that has one, or "
-            "a dataloader."
-        )
-    if trainer is None or not (trainer.local_rank if data.prepare_data_per_node else trainer.global_rank):
-        data.prepare_data()
-    if trainer is not None:
-        trainer.strategy.barrier()
-    data.setup("fit")
-    loader: Batches = getattr(data, part)()
-    return loader
-
-
-def _loader_of_prior(
-    prior: ReplayBuffer | pl.LightningDataModule | Tensor | Batches, trainer: pl.Trainer | None
-) -> ReplayBuffer | Tensor | Batches:
-    if not isinstance(prior, pl.LightningDataModule):
-        return prior
-    loader = loader_of(prior, "train_dataloader", trainer)
-    _check_prior(loader)
-    return loader
-
-
 def _checked_mix(mixed: Any, batch: Any) -> Any:
     """What `to_batch` returned, if `training_step` can take it where it takes the batch of new rows."""
     kinds: Any = next((kind for kind in (Mapping, (tuple, list), Tensor) if isinstance(batch, kind)), type(batch))
@@ -449,25 +396,6 @@ def _checked_mix(mixed: Any, batch: Any) -> Any:
             "batch of that kind, of the new rows and the replay rows together."
         )
     return mixed
-
-
-def _read(prior: ReplayBuffer | Tensor | Batches) -> ReplayBuffer:
-    """Real prior rows in a buffer of their own.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if isinstance(prior, ReplayBuffer):
-        return prior
-    batches = [prior] if isinstance(prior, Tensor) else prior
-    parts = [rows_of(batch) for batch in batches]
-    if not any(int(part.lengths.sum()) for part in parts):
-        raise ValueError("`prior` holds no row to replay. Pass a loader or a tensor with at least one row of tokens.")
-    rows = ReplayRows.cat(parts)
-    rows = rows.take(rows.lengths > 0)
-    buffer = ReplayBuffer(*rows.tokens.shape)
-    buffer.add(rows)
-    return buffer
 
 
 class _TrainLoader(pl.LightningDataModule):

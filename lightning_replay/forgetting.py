@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_whole
 from lightning_replay.batches import Batches, right_padded
-from lightning_replay.datamodule import loader_of
 from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
+from lightning_replay.prior import loader_of
 from lightning_replay.processes import check_strategy, is_sharded
 from lightning_replay.reference import ReferenceCheckpoint, ReferenceKeeper
 from lightning_replay.replay import SelfGeneratedReplay
