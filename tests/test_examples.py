@@ -68,7 +68,7 @@ def test_a_coefficient_follows_its_schedule(scratch: Path, tmp_path: Path) -> No
     coefficients = [float(value) for value in re.findall(r"coefficient ([\d.]+)", said)]
     # After steps 15, 30, 45 and 60 of 60, the last step's coefficient: 1 + 4.5 (1 + cos(pi (step - 1) / 60)).
     assert coefficients == [8.84, 5.74, 2.49, 1.01]
-    assert figure("forgetting", said) < 0.5
+    assert figure("forgetting", said) < 0.7
 
 
 def test_two_processes_share_the_replay_rows(scratch: Path, tmp_path: Path) -> None:

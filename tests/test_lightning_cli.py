@@ -20,11 +20,7 @@ from tests.test_chat import CONVERSATION, WORDS, chat_tokenizer
 pytest.importorskip("jsonargparse", reason="config files need the extra `cli`")
 pytest.importorskip("omegaconf", reason="config files need the extra `cli`")
 
-pytestmark = [
-    # LightningCLI's own, and its advice to leave the arguments out.
-    pytest.mark.filterwarnings("ignore::jsonargparse.JsonargparseDeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")  # which is for a process
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 COMMANDS = ["fit", "validate", "test", "predict"]
 QUIET = [
