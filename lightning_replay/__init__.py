@@ -2,6 +2,7 @@
 
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.causal_lm import CausalLM
+from lightning_replay.chat import ChatDataModule
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.forgetting import ForgettingMonitor
 from lightning_replay.generate import RowOptions, generate_rows
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalLM",
+    "ChatDataModule",
     "ForgettingMonitor",
     "KLDrift",
     "LanguageModel",

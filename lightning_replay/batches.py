@@ -1,8 +1,8 @@
 """Joining replay rows to a batch of new rows: mappings, (tokens, targets) pairs and bare token tensors."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from lightning_replay.arguments import are_ids, described
 from lightning_replay.buffer import ReplayRows
 
 __all__ = [
+    "Batches",
     "crop_batch",
     "inputs_and_targets",
     "join_rows",
@@ -23,6 +24,17 @@ __all__ = [
 ]
 
 PaddingSide = Literal["left", "right"]
+
+
+class Batches(Protocol):
+    """A dataloader, or whatever else gives batches when it is iterated over.
+
+    Not `Iterable`, as which a config's every wrong setting would pass.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, from the first one on."""
+
 
 _ADVICE = "For another kind of batch, pass `to_batch` to `ReplayDataModule`."
 

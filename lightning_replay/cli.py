@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_replay
 from lightning_replay import generate
+from lightning_replay.lightning_cli import COMMANDS, run
 from lightning_replay.run_logs import NothingToReportError
 
 __all__ = ["main"]
@@ -34,10 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="folder for the page")
     report.add_argument("--new-loss", metavar="KEY", help="key of the new task's loss; val/loss, else train/loss")
     generate.add_command(commands)
-    options = parser.parse_args(arguments)
+    for name, what in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    # What follows one of LightningCLI's commands is for it to read.
+    options, _ = parser.parse_known_args(arguments)
+    if options.command not in COMMANDS:
+        options = parser.parse_args(arguments)
 
     try:
-        if options.command == "demo":
+        if options.command in COMMANDS:
+            run(arguments)
+        elif options.command == "demo":
             from lightning_replay.demo import demo as run_demo
 
             run_demo(options.output, options.seed)

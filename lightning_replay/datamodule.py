@@ -8,18 +8,19 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_number, is_whole
-from lightning_replay.batches import PaddingSide, crop_batch, join_rows, row_count, rows_of, token_count
+from lightning_replay.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
+from lightning_replay.prior import Prior, check_prior, read_prior
 from lightning_replay.processes import Processes
 from lightning_replay.shards import ReplayShards
 
@@ -57,8 +58,8 @@ class ReplayDataModule(pl.LightningDataModule):
             new rows give way, at least one stays.
         prior: Real prior rows, where you have some: a ``ReplayBuffer``, a tensor of token rows, or a dataloader
             of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
-            at 4 bytes a token. A row is drawn again when all have been. Of a stream, which has no length, pass a part:
-            ``list(itertools.islice(stream, 100))``.
+            at 4 bytes a token; of a datamodule, its ``train_dataloader``. A row is drawn again when all have been. Of
+            a stream, which has no length, pass a part: ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
         buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of
@@ -90,11 +91,11 @@ class ReplayDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        data: pl.LightningDataModule | Iterable[Any],
+        data: pl.LightningDataModule | Batches,
         replay_fraction: float = 0.2,
         mode: Mode = "append",
         buffer: ReplayBuffer | ReplayShards | str | Path | None = None,
-        prior: ReplayBuffer | Tensor | Iterable[Any] | None = None,
+        prior: Prior | None = None,
         prior_share: float = 0.5,
         padding_side: PaddingSide | None = None,
         pad_token_id: int | None = None,
@@ -126,7 +127,7 @@ class ReplayDataModule(pl.LightningDataModule):
             )
         if to_batch is not None and not callable(to_batch):
             raise TypeError(f"`to_batch` is a function of the batch and the ReplayRows; got {to_batch!r}.")
-        _check_prior(prior)
+        check_prior(prior)
         self.wrapped = data if isinstance(data, pl.LightningDataModule) else _TrainLoader(data)
         super().__init__()
         self.replay_fraction = replay_fraction
@@ -227,7 +228,8 @@ class ReplayDataModule(pl.LightningDataModule):
         if stage == "fit":
             self.new_tokens = self.replay_tokens = 0
         if stage == "fit" and self.replay_fraction and self._prior is not None and self.prior is None:
-            self.prior = _read(self._prior)
+            with isolate_rng():
+                self.prior = read_prior(self._prior, self.trainer)
         if stage == "fit" and self.replay_fraction and self.trainer is not None:
             self._join_processes(self.trainer)
         if stage == "fit" and self.shards is not None:
@@ -433,21 +435,6 @@ def _dealt(rows: int, room: Sequence[int]) -> list[int]:
     return takers[:rows]
 
 
-def _check_prior(prior: Any) -> None:
-    """Refuse what isn't rows, and a loader that might never end."""
-    if prior is None or isinstance(prior, (ReplayBuffer, Tensor)):
-        return
-    if not isinstance(prior, Iterable) or isinstance(prior, (str, Mapping)):
-        raise TypeError(
-            f"`prior` is a ReplayBuffer, a tensor of token rows or a dataloader of batches; got {type(prior).__name__}."
-        )
-    if sized_len(prior) is None:
-        raise ValueError(
-            "`prior` is read to its end and kept in memory, but it has no length, so it might never end. Pass a part "
-            "of it: `prior=list(itertools.islice(prior, 100))` for 100 batches."
-        )
-
-
 def _checked_mix(mixed: Any, batch: Any) -> Any:
     """What `to_batch` returned, if `training_step` can take it where it takes the batch of new rows."""
     kinds: Any = next((kind for kind in (Mapping, (tuple, list), Tensor) if isinstance(batch, kind)), type(batch))
@@ -459,32 +446,13 @@ def _checked_mix(mixed: Any, batch: Any) -> Any:
     return mixed
 
 
-def _read(prior: ReplayBuffer | Tensor | Iterable[Any]) -> ReplayBuffer:
-    """Real prior rows in a buffer of their own.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if isinstance(prior, ReplayBuffer):
-        return prior
-    batches = [prior] if isinstance(prior, Tensor) else prior
-    parts = [rows_of(batch) for batch in batches]
-    if not any(int(part.lengths.sum()) for part in parts):
-        raise ValueError("`prior` holds no row to replay. Pass a loader or a tensor with at least one row of tokens.")
-    rows = ReplayRows.cat(parts)
-    rows = rows.take(rows.lengths > 0)
-    buffer = ReplayBuffer(*rows.tokens.shape)
-    buffer.add(rows)
-    return buffer
-
-
 class _TrainLoader(pl.LightningDataModule):
     """A bare training loader as a datamodule."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Batches) -> None:
         super().__init__()
         self.loader = loader
 
     @override
-    def train_dataloader(self) -> Iterable[Any]:
+    def train_dataloader(self) -> Batches:
         return self.loader

@@ -12,6 +12,7 @@ Note:
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from lightning_replay.sampling import Samples
 
 __all__ = ["Duplicates", "Filter", "Length", "NgramOverlap", "Perplexity", "Repetition", "filter_name"]
 
-Filter = Callable[[Samples], Tensor]
+# The second is for jsonargparse, to which the first is a maker of tensors: with it, a config names a filter's class.
+Filter = Callable[[Samples], Tensor] | Callable[[Samples], Any]
 
 
 @dataclass(frozen=True)

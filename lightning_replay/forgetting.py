@@ -16,16 +16,19 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_replay.arguments import check_package, is_whole
-from lightning_replay.batches import right_padded
+from lightning_replay.batches import Batches, right_padded
 from lightning_replay.generation import check_tokens
 from lightning_replay.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.loggers import log_values, next_step, publish
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
+from lightning_replay.prior import loader_of
 from lightning_replay.processes import check_strategy, is_sharded
 from lightning_replay.reference import ReferenceCheckpoint, ReferenceKeeper
 from lightning_replay.replay import SelfGeneratedReplay
 
 __all__ = ["ForgettingMonitor"]
+
+PriorSet = pl.LightningDataModule | Batches
 
 
 class ForgettingMonitor(Callback):
@@ -55,6 +58,7 @@ class ForgettingMonitor(Callback):
     Args:
         prior: Held-out sets by name: each a dataloader, or any iterable that can be read more than once, of batches as
             the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor of tokens.
+            Of a datamodule, what it holds out is measured: its ``val_dataloader``.
         every_n_steps: Optimizer steps between measurements; 0 for fit start and end alone.
         max_batches: How many batches of each set to read at most; all of them by default. A set without a length, which
             might never end, needs it.
@@ -81,7 +85,7 @@ class ForgettingMonitor(Callback):
 
     def __init__(
         self,
-        prior: Mapping[str, Iterable[Any]] | Sequence[tuple[str, Iterable[Any]]],
+        prior: Mapping[str, PriorSet] | Sequence[tuple[str, PriorSet]],
         every_n_steps: int = 100,
         max_batches: int | None = None,
         kl: bool = True,
@@ -118,6 +122,7 @@ class ForgettingMonitor(Callback):
         """Wall-clock time spent on measuring, over all fits."""
 
         self._own_reference = ReferenceKeeper(checkpoint=reference_checkpoint, owner=",".join(sorted(names)))
+        self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1
         self._values: dict[str, float] = {}
@@ -143,6 +148,13 @@ class ForgettingMonitor(Callback):
             raise MisconfigurationException(
                 f"Two ForgettingMonitors of this Trainer have prior sets of the same name: {shared}. Rename one."
             )
+        with isolate_rng():
+            for name, given in self.prior.items():
+                if isinstance(given, pl.LightningDataModule):
+                    self._loaders[name] = loader_of(given, "val_dataloader", trainer)
+                    _check_set(name, self._loaders[name], self.max_batches)
+                else:
+                    self._loaders[name] = given
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,7 +170,7 @@ class ForgettingMonitor(Callback):
             )
         self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
-            for name, loader in self.prior.items():
+            for name, loader in self._loaders.items():
                 if next(iter(loader), None) is None:
                     raise MisconfigurationException(
                         f"The prior set {name!r} gave its batches once and no more, but it is measured again and "
@@ -245,7 +257,7 @@ class ForgettingMonitor(Callback):
         loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
         drift = KLDrift().to(pl_module.device)
         rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
-        for index, batch in enumerate(self.prior[name]):
+        for index, batch in enumerate(self._loaders[name]):
             if index == self.max_batches:
                 break
             if index % processes != rank:
@@ -303,7 +315,7 @@ class ForgettingMonitor(Callback):
         return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
 
 
-def _pairs(prior: Any) -> list[tuple[str, Iterable[Any]]]:
+def _pairs(prior: Any) -> list[tuple[str, PriorSet]]:
     """Sets given as pairs of a name and a loader."""
     pairs = list(prior) if isinstance(prior, Sequence) and not isinstance(prior, str) else [prior]
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
@@ -315,8 +327,14 @@ def _pairs(prior: Any) -> list[tuple[str, Iterable[Any]]]:
 
 def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
     """Refuse a prior set that can't be read again and again."""
-    if not isinstance(name, str) or not isinstance(loader, Iterable) or isinstance(loader, str):
-        raise TypeError(f"`prior` has a loader of batches under each name; got {loader!r} under {name!r}.")
+    check_package(loader, f"The prior set {name!r}")
+    kinds = (pl.LightningDataModule, Iterable)
+    if not isinstance(name, str) or not isinstance(loader, kinds) or isinstance(loader, str):
+        raise TypeError(
+            f"`prior` has a loader of batches or a datamodule under each name; got {loader!r} under {name!r}."
+        )
+    if isinstance(loader, pl.LightningDataModule):
+        return  # its loader is looked at when it has been set up
     if isinstance(loader, Iterator):
         raise ValueError(
             f"The prior set {name!r} is a {type(loader).__name__}, which can be read only once, but it is measured "

@@ -1,0 +1,35 @@
+"""An instruction-tuned model, finetuned on conversations, that replays conversations which it makes up itself.
+
+    python examples/chat.py --quick
+    python examples/chat.py --model DIR_OR_HUB_NAME --prior prior_chats.jsonl --new chats.jsonl
+
+Data are lines {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}; the loss is
+on what the assistant says. Prints a conversation that was replayed, the loss on new conversations and the forgetting.
+Takes 20 seconds with --quick.
+"""
+
+import lightning as L
+from quick import arguments
+
+from lightning_replay import CausalLM, ChatDataModule, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+
+options = arguments(__doc__, kind="jsonl")
+
+
+def chats(file: str) -> ChatDataModule:
+    """A file of conversations, one a line."""
+    return ChatDataModule(file, options.model, options.length, batch_size=16)
+
+
+# The model is given the chat template up to the user's turn, and writes what the user says and what it answers.
+replay = SelfGeneratedReplay(coefficient=1.0, prompts="chat", stop_at_eos=True, sequence_length=options.length)
+monitor = ForgettingMonitor({"prior": chats(options.prior)})
+data = ReplayDataModule(chats(options.new), options.replay_fraction)
+trainer = L.Trainer(max_steps=options.steps, callbacks=[replay, monitor], logger=False)
+trainer.fit(CausalLM(options.model, options.learning_rate), datamodule=data)
+
+if data.buffer is not None:
+    row = data.buffer.draw(1)
+    print("replayed:", data.tokenizer.decode(row.tokens[0, : row.lengths[0]]))
+figures = trainer.callback_metrics
+print(f"loss on new conversations {figures['val/loss']:.3f}, forgetting {figures['forgetting/prior']:+.3f}")
