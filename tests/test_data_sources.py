@@ -54,6 +54,7 @@ class Instructed(UserModule):
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
+@pytest.mark.integration
 def test_a_datamodule_of_litgpt_is_connected_through_the_wrapper_and_trains(tmp_path: Path) -> None:
     litgpt_data = pytest.importorskip("litgpt.data", reason="LitGPT is not installed")
     tokenizer = pytest.importorskip("litgpt.tokenizer", reason="LitGPT is not installed")

@@ -27,6 +27,8 @@ from tests.test_replay import kl_by_hand, weights
 Make = Callable[..., Any]
 WITHOUT_CACHE = {"RWKV", "hand-written", "LitGPT"}
 """Sampled by reading the whole prefix for each token. RWKV has a state, but mixes up the rows of a batch in it."""
+EVERY: list[Any] = ["Llama", "GPT-2", "Qwen", "Mamba", "RWKV", "LoRA", "hand-written"]
+EVERY.append(pytest.param("LitGPT", marks=pytest.mark.integration))
 
 
 class TokensDescent(TokensModule, PlainDescent):
@@ -66,7 +68,7 @@ def logits(module: nn.Module, tokens: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Qwen", "Mamba", "RWKV", "LoRA", "LitGPT", "hand-written"])
+@pytest.mark.parametrize("family", EVERY)
 def test_a_fit_ends_in_the_weights_of_one_written_by_hand(family: str, tiny_llama: Make) -> None:
     plain = family in ("LitGPT", "hand-written")
     kind: type[UserModule] = TokensDescent if plain else PlainDescent
@@ -89,7 +91,7 @@ def test_a_fit_ends_in_the_weights_of_one_written_by_hand(family: str, tiny_llam
     assert float((weights(theirs.model) - weights(reference)).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Qwen", "Mamba", "RWKV", "LoRA", "LitGPT", "hand-written"])
+@pytest.mark.parametrize("family", EVERY)
 def test_samples_are_those_of_a_plain_loop_over_the_whole_prefix(family: str, tiny_llama: Make) -> None:
     module = made(family, tiny_llama)
     model = find_language_model(UserModule(module), None)
