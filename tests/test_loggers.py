@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,9 +86,13 @@ def read_wandb(logger: Any) -> Logged:
     run = logger.experiment
     folder = Path(run.dir)
     run.finish()
+    file, records = next(folder.parent.glob("*.wandb")), list[Any]()
+    while not records or records[-1].WhichOneof("record_type") != "exit":  # another process writes it
+        time.sleep(0.05)
+        records = list(wandb_records(file.read_bytes()))
     values: Series = defaultdict(dict)
     settings, samples = {}, {}
-    for record in wandb_records(next(folder.parent.glob("*.wandb")).read_bytes()):
+    for record in records:
         for item in record.config.update:
             settings[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         row = {tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in record.history.item}
@@ -110,6 +115,8 @@ def wandb_records(content: bytes) -> Iterator[Any]:
             place += block - place % block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
+        if place + header + length > len(content):
+            return  # the rest is still to come
         message += content[place + header : place + header + length]
         place += header + length
         if kind in (1, 4):  # whole, or the last part
