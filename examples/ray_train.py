@@ -1,8 +1,7 @@
 """Finetune with replay on a Ray cluster: Ray Train starts the workers, Lightning trains in them under Ray's DDP.
 
-Shows that nothing but the Trainer's strategy and plugin changes: the workers share sampling, hold one buffer and end in
-the weights of one process with the same global batch, but for rounding. Every machine has to find model and text under
-the names given.
+Shows that nothing but the Trainer's strategy and plugin changes: the workers share sampling and hold one buffer. Every
+machine has to find model and text under the names given.
 
     pip install 'lightning-replay[ray]'
     python examples/ray_train.py --model roneneldan/TinyStories-33M --new my_notes.txt --workers 2 --output /shared/run
@@ -13,6 +12,7 @@ learns random rows on two CPUs of this machine: about a minute, most of it for s
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_replay import CausalLM, ReplayDataModule, SelfGeneratedReplay, TextDataModule
 
 
-def fit(options: dict[str, Any]) -> dict[str, float]:
-    """Train in this process, which may be a worker of Ray Train's, and save the model; the values of the last step."""
+def fit(options: dict[str, Any]) -> None:
+    """Train in this process, which may be a worker of Ray Train's; saves the model and the last step's values."""
     L.seed_everything(options["seed"], verbose=False)
     data: Any
     model: Any
     if options["quick"]:
-        model, data = tiny_model(), random_rows(options["batch_size"])
+        model, data = tiny_model(), random_rows(options["batch_size"], options["rows"])
     else:
         model = options["model"]
         data = TextDataModule(options["new"], options["model"], batch_size=options["batch_size"])
@@ -58,26 +58,22 @@ def fit(options: dict[str, Any]) -> dict[str, float]:
     if trainer.is_global_zero:
         pretrained: Any = module.model
         pretrained.save_pretrained(options["output"])
-    return {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "replay/loss")}
+        values = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "replay/loss")}
+        (Path(options["output"]) / "values.json").write_text(json.dumps(values))
 
 
-def fit_on_ray(options: dict[str, Any]) -> dict[str, float]:
+def fit_on_ray(options: dict[str, Any]) -> None:
     """Train with as many workers as the options say, each with a part of the batch of all."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    def worker(config: dict[str, Any]) -> None:
-        values = fit(config)
-        ray.train.report(values)
-
     trainer = TorchTrainer(
-        worker,
+        fit,
         train_loop_config=options | {"batch_size": options["batch_size"] // options["workers"]},
         scaling_config=ray.train.ScalingConfig(num_workers=options["workers"], use_gpu=torch.cuda.is_available()),
         run_config=ray.train.RunConfig(storage_path=str(Path(options["output"]).absolute() / "ray")),
     )
-    metrics: dict[str, float] = trainer.fit().metrics
-    return metrics
+    trainer.fit()
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -98,11 +94,11 @@ def tiny_model() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def random_rows(batch_size: int) -> DataLoader[Any]:
-    """Batches of random rows, in one order."""
-    tokens = torch.randint(3, 64, (256, 32), generator=torch.Generator().manual_seed(1))
-    rows: Any = [{"input_ids": row, "labels": row} for row in tokens]
-    return DataLoader(rows, batch_size)
+def random_rows(batch_size: int, rows: int = 256) -> DataLoader[Any]:
+    """Batches of random rows."""
+    tokens = torch.randint(3, 64, (rows, 32), generator=torch.Generator().manual_seed(1))
+    examples: Any = [{"input_ids": row, "labels": row} for row in tokens]
+    return DataLoader(examples, batch_size)
 
 
 def main() -> None:
@@ -122,11 +118,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and random rows, in a folder of its own")
     options = vars(parser.parse_args())
     if options["quick"]:
-        options |= {"steps": 10, "output": Path(tempfile.mkdtemp())}
+        options |= {"steps": 10, "rows": 256, "output": Path(tempfile.mkdtemp())}
     elif not options["model"] or not options["new"]:
         parser.error("--model and --new are needed without --quick")
 
-    values = fit_on_ray(options)
+    fit_on_ray(options)
+    values = json.loads((Path(options["output"]) / "values.json").read_text())
     print(f"Last step: loss {values['train/loss']:.3f}, replay loss {values['replay/loss']:.4f} nats a token.")
     print(f"The trained model is in {options['output']}.")
 

@@ -188,14 +188,20 @@ def cached(folder: Path) -> Any:
     return fit(SelfGeneratedReplay(coefficient=2.0, reference="cached", reference_top_k=8, seed=5))
 
 
+def make_rows(folder: Path) -> None:
+    """What `generated` reads, for all processes."""
+    tiny_llama().save_pretrained(folder / "model")
+    options = RowOptions(str(folder / "model"), 12, sequence_length=12, shard_rows=5, reference_top_k=8, seed=5)
+    generate_rows(options, folder / "rows")
+
+
 def generated(folder: Path) -> Any:
-    """Rows from a folder, of which each process has its own copy here; five at a time, and twice round."""
-    model, rows = folder / f"model-{RANK}", folder / f"rows-{RANK}"
-    tiny_llama().save_pretrained(model)
-    generate_rows(RowOptions(str(model), 12, sequence_length=12, shard_rows=5, reference_top_k=8, seed=5), rows)
+    """Rows from a folder, five at a time and twice round."""
+    if WORLD == 1:
+        make_rows(folder)
     return fit(
         SelfGeneratedReplay(coefficient=2.0, reference="cached", seed=5),
-        data={"buffer": ReplayShards(rows, shuffle=True, read_rows=5)},
+        data={"buffer": ReplayShards(folder / "rows", shuffle=True, read_rows=5)},
     )
 
 

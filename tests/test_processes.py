@@ -62,6 +62,7 @@ def both(folder: Path, name: str) -> tuple[Any, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What each of two processes saw in a run, and what a single one sees."""
     folder = tmp_path_factory.mktemp("together")
+    process_runs.make_rows(folder)
     run_together(
         folder,
         *(

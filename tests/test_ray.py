@@ -21,7 +21,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
     pytest.importorskip("ray.data", reason="needs the extra `ray`")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # beside other tests, Ray's 15 would have its workers wait for minutes
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -71,11 +73,10 @@ def test_two_workers_of_ray_train_end_in_the_weights_of_one_process(
     import ray_train
 
     cluster.cloudpickle.register_pickle_by_value(ray_train)  # the workers don't know the examples' folder
-    options = {"quick": True, "batch_size": 16, "steps": 6, "seed": 0}
-    together = ray_train.fit_on_ray(options | {"workers": 2, "output": tmp_path / "together"})
-    alone = ray_train.fit(options | {"workers": 0, "output": tmp_path / "alone"})
-    # Each worker tells the loss on its own rows; they are of the same model.
-    assert together["train/loss"] == pytest.approx(alone["train/loss"], rel=0.1)
+    # A batch of all workers holds all new rows, since the sampler that Lightning puts in for several shuffles them.
+    options = {"quick": True, "batch_size": 16, "rows": 16, "steps": 6, "seed": 0}
+    ray_train.fit_on_ray(options | {"workers": 2, "output": tmp_path / "together"})
+    ray_train.fit(options | {"workers": 0, "output": tmp_path / "alone"})
     ours, theirs = (weights(tmp_path / name) for name in ("together", "alone"))
     moved = (theirs - torch.cat([weight.flatten() for weight in ray_train.tiny_model().parameters()])).norm()
     assert moved > 0.1
