@@ -291,7 +291,7 @@ class Refiller:
         rows = made.rows.take(torch.arange(min(self.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
         tokenizer = supply.tokenizer
-        texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
+        texts = [_text(sample, tokenizer) for sample in samples]
         for logger in loggers if texts else ():
             if isinstance(logger, TensorBoardLogger):
                 fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
@@ -312,3 +312,13 @@ def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) ->
     counts = data.processes.numbers(math.ceil(total), data.count(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     return max(1, math.ceil(round(new_rows * share, 6)))
+
+
+def _text(sample: list[int], tokenizer: Any) -> Any:
+    """A sample as text, or as its ids where there is no tokenizer."""
+    if tokenizer is None:
+        return str(sample)
+    try:
+        return tokenizer.decode(sample)
+    except AttributeError:  # LitGPT's takes a tensor
+        return tokenizer.decode(torch.tensor(sample))
