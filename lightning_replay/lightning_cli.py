@@ -87,6 +87,8 @@ class _CommandLine(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
         for name, parser in self._subcommand_parsers.items():
+            assert isinstance(parser, _Parser)
+            parser.is_command = True
             parser.usage = f"lightning-replay {name} --config FILE [--SETTING VALUE ...]"
             parser.description = f"{COMMANDS[name].capitalize()}."
             for action in parser._actions:
@@ -106,10 +108,14 @@ class _PartHelp(argparse._HelpAction):
 class _Parser(LightningArgumentParser):
     """Its help is about one part at a time: a Trainer alone has some 40 settings."""
 
+    is_command = False
+    """Others are made for the help of a class."""
     part: str | None = None
 
     @override
     def format_help(self, *args: Any) -> str:
+        if not self.is_command:
+            return super().format_help(*args)
         groups = self._action_groups
         self._action_groups = [group for group in groups if self._part_of(group) == self.part]
         try:

@@ -288,8 +288,7 @@ class Refiller:
         log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
         rows = made.rows.take(torch.arange(min(self.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
-        texts = [tokenizer.decode(sample) if tokenizer is not None else str(sample) for sample in samples]
-        log_samples(trainer, texts, step)
+        log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
 
 
 def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
@@ -304,3 +303,13 @@ def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) ->
     counts = data.processes.numbers(math.ceil(total), data.count(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     return max(1, math.ceil(round(new_rows * share, 6)))
+
+
+def _text(sample: list[int], tokenizer: Any) -> Any:
+    """A sample as text, or as its ids where there is no tokenizer."""
+    if tokenizer is None:
+        return str(sample)
+    try:
+        return tokenizer.decode(sample)
+    except AttributeError:  # LitGPT's takes a tensor
+        return tokenizer.decode(torch.tensor(sample))

@@ -62,9 +62,9 @@ def test_a_datamodule_of_litgpt_is_connected_through_the_wrapper_and_trains(tmp_
     chat_tokenizer().save_pretrained(tmp_path / "tokenizer")
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([{"instruction": "what is this", "output": "a cat"}] * 40))
-    wrapped = litgpt_data.JSON(path, mask_prompt=True, val_split_fraction=0.2, prompt_style="default", num_workers=0)
+    wrapped = litgpt_data.JSON(path, mask_prompt=True, val_split_fraction=0.2, num_workers=0)
     data = ReplayDataModule(wrapped, 0.2)
-    data.connect(tokenizer.Tokenizer(tmp_path / "tokenizer"), batch_size=4, max_seq_length=16)
+    data.connect(tokenizer.Tokenizer(tmp_path / "tokenizer"), batch_size=4, max_seq_length=32)
     module, drawn = Instructed(litgpt()), DrawnRows()
     trainer = quiet_trainer(max_steps=4, callbacks=[SelfGeneratedReplay(prompts=[[1]]), drawn])
     trainer.fit(module, datamodule=data)

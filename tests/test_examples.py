@@ -76,7 +76,7 @@ def test_two_processes_share_the_replay_rows(scratch: Path, tmp_path: Path) -> N
     rows = re.findall(r"process (\d) of 2 replays (\[\[.*\]\])", said)
     assert {rank for rank, _ in rows} == {"0", "1"}
     assert rows[0][1] != rows[1][1]
-    assert figure("forgetting", said) < 0.5
+    assert figure("forgetting", said) < 0.7
 
 
 def test_a_sequence_of_tasks_is_kept(scratch: Path, tmp_path: Path) -> None:
