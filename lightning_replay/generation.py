@@ -218,7 +218,7 @@ class RowGenerator:
             # A filter may fail or waver in a single process, and all have to go on with the same samples.
             kept, dropped = processes.first(processes.together(partial(self._filter, drawn)))
         assert drawn is not None
-        self.dropped += dropped
+        self.dropped.update(dropped)  # `+=` would forget filters that have dropped nothing
         chosen = drawn.take(kept)
         if not len(chosen.tokens):
             raise RuntimeError(

@@ -1,6 +1,7 @@
 """Runs that meet a fault: `python -m tests.fault_run KIND FOLDER [NUMBER]`, in a process of their own."""
 
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ class Before(L.Callback):
 
 def meet_a_signal(folder: Path) -> None:
     """Be interrupted while rows are sampled."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
     replay = SelfGeneratedReplay(refill_rows=4, seed=5, filters=[Slow(folder)])
     callbacks = [replay, Before(folder), OnExceptionCheckpoint(folder, "interrupted")]
     data = ReplayDataModule(mapping_loader(64), 0.2)

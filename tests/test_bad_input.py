@@ -75,7 +75,7 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (ReplayDataModule, {"prior_share": "half"}, ValueError, "`prior_share`.*got 'half'"),
     (ReplayDataModule, {"pad_token_id": -100}, ValueError, "`pad_token_id` is a token id, at least 0; got -100"),
     (ReplayDataModule, {"pad_token_id": "<pad>"}, ValueError, "`pad_token_id`.*got '<pad>'"),
-    (ReplayDataModule, {"buffer": TOKENS}, TypeError, "`buffer` is a ReplayBuffer; got Tensor.*`prior`"),
+    (ReplayDataModule, {"buffer": TOKENS}, TypeError, "`buffer` is a ReplayBuffer or a folder .*; got Tensor.*`prior`"),
     (ReplayDataModule, {"to_batch": "cat"}, TypeError, "`to_batch` is a function .* got 'cat'"),
     (ReplayDataModule, {"prior": 7}, TypeError, "`prior` is a ReplayBuffer, a tensor .* got int"),
     (ReplayDataModule, {"prior": "stories.txt"}, TypeError, "`prior`.*got str"),

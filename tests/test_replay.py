@@ -681,9 +681,13 @@ def test_rows_are_used_as_often_as_asked_and_their_age_and_uses_are_logged(tiny_
     assert column(logger, "replay/uses") == [1, 1, 2, 2, 3, 3] * 2
 
 
+def lenient(samples: Samples) -> Tensor:
+    return torch.ones(len(samples.tokens), dtype=torch.bool)
+
+
 def test_quality_of_each_refill_and_dropped_samples_are_logged(tiny_llama: Make, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    replay = SelfGeneratedReplay(refill_rows=4, filters=[Length(24)], stop_at_eos=True, top_k=8)
+    replay = SelfGeneratedReplay(refill_rows=4, filters=[Length(24), lenient], stop_at_eos=True, top_k=8)
     data = ReplayDataModule(mapping_loader(), 0.2)
     train(UserModule(tiny_llama()), data, replay, logger=logger, log_every_n_steps=1, max_steps=4)
     names = ("distinct_1", "distinct_2", "repetition", "log_prob", "ended", "length")
@@ -692,6 +696,7 @@ def test_quality_of_each_refill_and_dropped_samples_are_logged(tiny_llama: Make,
     assert quality["length"] == [24, 24]
     assert all(-3.5 < value < 0 for value in quality["log_prob"])
     assert column(logger, "replay/dropped/length")[-1] > 0
+    assert column(logger, "replay/dropped/lenient") == [0] * 4
 
 
 def test_real_rows_alone_need_no_sampling(tiny_llama: Make) -> None:
