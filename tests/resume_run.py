@@ -77,14 +77,15 @@ class Witness(L.Callback):
 
 
 class KilledWhileSampling:
-    """A filter that keeps all samples, and kills its process in the refill it is told."""
+    """A filter that keeps all samples, and kills its process in the refill that it is told, if any."""
 
-    def __init__(self, refill: int) -> None:
+    def __init__(self, refill: int | None) -> None:
         self.refill = refill
+        self.refills = 0
 
     def __call__(self, samples: Any) -> torch.Tensor:
-        self.refill -= 1
-        if not self.refill:
+        self.refills += 1
+        if self.refills == self.refill:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.ones(len(samples.tokens), dtype=torch.bool)
 
@@ -113,7 +114,7 @@ def run(job: dict[str, Any]) -> None:
     lines = folder / "logged.jsonl"
     options = {"refill_rows": 4, "seed": 5} | job["replay"]
     kill = job.get("kill")
-    filters = [KilledWhileSampling(kill[1])] if kill and kill[0] == "sampling" else []
+    filters = [KilledWhileSampling(kill[1] if kill and kill[0] == "sampling" else None)]
     module = UserModule(tiny_model(job.get("lora", False)))
     replay = SelfGeneratedReplay(**options, filters=filters)
     monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, max_batches=1)
