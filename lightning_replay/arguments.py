@@ -1,12 +1,12 @@
 """Checks of what users pass that several modules share."""
 
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_ids", "check_package", "described", "is_integer", "is_number", "is_whole"]
+__all__ = ["are_ids", "check_choice", "check_package", "described", "is_integer", "is_number", "is_whole"]
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
@@ -18,6 +18,16 @@ def is_whole(value: Any, least: int, most: int | None = None) -> bool:
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     return whole and least <= value and (most is None or value <= most)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse a value that is none of those of a ``Literal``.
+
+    Raises:
+        ValueError: With those that there are.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
 
 
 def is_number(value: Any) -> bool:

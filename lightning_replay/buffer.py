@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_replay.arguments import are_ids, is_integer, is_whole
+from lightning_replay.arguments import are_ids, check_choice, is_integer, is_whole
 from lightning_replay.buffer_state import FORMAT, ROWS, Policy, checked_state, damaged
 from lightning_replay.files import read_state, write_state
 
@@ -127,8 +127,7 @@ class ReplayBuffer:
             raise ValueError(f"`capacity` is the number of rows that the buffer holds, at least 1; got {capacity!r}.")
         if not is_whole(length, 2):
             raise ValueError(f"`length` is the number of tokens in a row, at least 2; got {length!r}.")
-        if policy not in get_args(Policy):
-            raise ValueError(f"`policy` is one of {', '.join(map(repr, get_args(Policy)))}; got {policy!r}.")
+        check_choice("policy", policy, Policy)
         if not is_whole(top_k, 0):
             raise ValueError(f"`top_k` is how many log-probabilities to keep with a token, at least 0; got {top_k!r}.")
         self.capacity = int(capacity)

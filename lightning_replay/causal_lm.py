@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
-from lightning_replay.arguments import is_number, is_whole
+from lightning_replay.arguments import check_choice, is_number, is_whole
 from lightning_replay.language_model import is_adapted
 from lightning_replay.processes import is_sharded
 
@@ -84,8 +84,7 @@ class CausalLM(pl.LightningModule):
             raise ValueError(f"`betas` is two decay rates from 0 to below 1; got {betas!r}.")
         if not isinstance(model, (str, Path, torch.nn.Module)):
             raise TypeError(f"`model` is a name on the hub, a local folder or a model; got {type(model).__name__}.")
-        if schedule not in get_args(Schedule):
-            raise ValueError(f"`schedule` is one of {', '.join(map(repr, get_args(Schedule)))}; got {schedule!r}.")
+        check_choice("schedule", schedule, Schedule)
         self.learning_rate = learning_rate
         self.betas = betas
         self.weight_decay = weight_decay

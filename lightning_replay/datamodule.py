@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_replay.arguments import check_package, is_number, is_whole
+from lightning_replay.arguments import check_choice, check_package, is_number, is_whole
 from lightning_replay.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, token_count
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.prior import Prior, check_prior, read_prior
@@ -107,8 +107,7 @@ class ReplayDataModule(pl.LightningDataModule):
                 f"`replay_fraction` is the share of replay rows in the mixed batch, from 0 to below 1; "
                 f"got {replay_fraction!r}."
             )
-        if mode not in get_args(Mode):
-            raise ValueError(f"`mode` is one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}.")
+        check_choice("mode", mode, Mode)
         if padding_side not in (None, *get_args(PaddingSide)):
             raise ValueError(f"`padding_side` is 'left', 'right' or None; got {padding_side!r}.")
         if not is_number(prior_share) or not 0 < prior_share <= 1:

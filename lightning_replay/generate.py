@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_replay
-from lightning_replay.arguments import is_number, is_whole
+from lightning_replay.arguments import check_choice, is_number, is_whole
 from lightning_replay.causal_lm import CausalLM
 from lightning_replay.generation import RowGenerator, cache_reference
 from lightning_replay.language_model import evaluating, find_language_model, weights_hash
@@ -136,13 +136,13 @@ class ShardMaker:
         self.tokenizer = _tokenizer(options)
         self._model = find_language_model(CausalLM(module).to(device or options.device), "model")
         self._generator = RowGenerator(
-            options.prompts,
-            options.sample_length,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.min_p,
-            options.stop_at_eos,
+            prompts=options.prompts,
+            sample_length=options.sample_length,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            stop_at_eos=options.stop_at_eos,
         )
         self._generator.batch_size = batch_size
         self._generator.bind(self._model, self.tokenizer)
@@ -219,8 +219,7 @@ def generate_rows(
         MisconfigurationException: If the samples don't fit the model.
         ModuleNotFoundError: If the engine is not installed.
     """
-    if engine not in get_args(Engine):
-        raise ValueError(f"`engine` is one of {', '.join(map(repr, get_args(Engine)))}; got {engine!r}.")
+    check_choice("engine", engine, Engine)
     for name, number in {"actors": actors, "batch_size": batch_size or 1, "threads": threads or 1}.items():
         if not is_whole(number, 1):
             raise ValueError(f"`{name}` is a whole number, at least 1; got {number!r}.")

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_replay.arguments import is_whole
+from lightning_replay.arguments import check_choice, is_whole
 from lightning_replay.buffer import ReplayRows
 from lightning_replay.decoding import rows_at_a_time
 from lightning_replay.filters import Filter, filter_name
@@ -24,7 +24,7 @@ from lightning_replay.prompts import Prompts, PromptsLike, find_prompts
 from lightning_replay.quality import distinct_n, repetition
 from lightning_replay.sampling import Sampler, Samples, sample_rows, stop_tokens, truncation
 
-__all__ = ["LossOn", "RowGenerator", "cache_reference", "stream"]
+__all__ = ["LossOn", "RowGenerator", "cache_reference", "order_seed", "stream"]
 
 LossOn = Literal["sample", "answer"]
 
@@ -78,8 +78,7 @@ class RowGenerator:
             raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
         if prompts is not None and not (_is_filled(prompts) and all(map(_is_filled, prompts))):
             raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
-        if loss_on not in get_args(LossOn):
-            raise ValueError(f"`loss_on` is one of {', '.join(map(repr, get_args(LossOn)))}; got {loss_on!r}.")
+        check_choice("loss_on", loss_on, LossOn)
         if loss_on == "answer" and prompts != "chat":
             raise ValueError("`loss_on='answer'` is for chat samples, which have one: set `prompts='chat'`.")
         if sample_length is not None and not is_whole(sample_length, 2):
@@ -400,6 +399,11 @@ def stream(*key: int) -> torch.Generator:
     """A generator of its own for each key, independent of the others and of the global random state."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def order_seed(seed: int) -> int:
+    """Seed of the order in which a buffer draws the rows that were generated with a seed."""
+    return stream(seed, 0, 0).initial_seed()
 
 
 def _is_filled(values: Any) -> bool:

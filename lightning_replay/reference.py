@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_replay.arguments import is_number
+from lightning_replay.arguments import check_choice, is_number
 from lightning_replay.language_model import LanguageModel, evaluating, is_adapted
 from lightning_replay.processes import is_sharded
 from lightning_replay.reference_file import SavesReferenceBeside, read_reference
@@ -174,8 +174,7 @@ class ReferenceKeeper:
         checkpoint: ReferenceCheckpoint = "inside",
         owner: str = "",
     ) -> None:
-        if kind not in get_args(Reference):
-            raise ValueError(f"`reference` is one of {', '.join(map(repr, get_args(Reference)))}; got {kind!r}.")
+        check_choice("reference", kind, Reference)
         if since not in get_args(ReferenceFrom):
             raise ValueError(f"`reference_from` is 'fit' or 'first'; got {since!r}.")
         if not is_number(ema_decay) or not 0 <= ema_decay < 1:

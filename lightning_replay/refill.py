@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_replay.batches import row_length
 from lightning_replay.buffer import ReplayBuffer, ReplayRows
 from lightning_replay.datamodule import ReplayDataModule
-from lightning_replay.generation import RowGenerator, cache_reference, stream
+from lightning_replay.generation import RowGenerator, cache_reference, order_seed
 from lightning_replay.language_model import LanguageModel
 from lightning_replay.loggers import log_samples, log_values, next_step
 from lightning_replay.processes import LostProcessError
@@ -256,8 +256,7 @@ class Refiller:
         rows = self._rows(supply, batch)
         if supply.lasting and self.rows == "auto":
             rows = max(1, min(rows, _CACHED_BYTES // (length * (4 + 6 * top_k))))
-        order = stream(supply.seed, 0, 0)
-        return ReplayBuffer(rows, length, seed=order.initial_seed(), top_k=top_k)
+        return ReplayBuffer(rows, length, seed=order_seed(supply.seed), top_k=top_k)
 
     def _rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_replay.arguments import check_package, is_number, is_whole
+from lightning_replay.arguments import check_choice, check_package, is_number, is_whole
 from lightning_replay.datamodule import ReplayDataModule
 from lightning_replay.filters import Filter
 from lightning_replay.generation import LossOn, RowGenerator, cache_reference, check_tokens
@@ -214,10 +214,10 @@ class SelfGeneratedReplay(Callback):
         self.hparams = plain({name: value for name, value in locals().items() if name != "self"})
         """The arguments as hyper-parameters: numbers and texts as they are, all else by its name."""
 
-        _check_choice("loss", loss, Loss)
-        _check_choice("source", source, Source)
-        _check_choice("divergence", divergence, Divergence)
-        _check_choice("forward", forward, Forward)
+        check_choice("loss", loss, Loss)
+        check_choice("source", source, Source)
+        check_choice("divergence", divergence, Divergence)
+        check_choice("forward", forward, Forward)
         if not is_number(divergence_temperature) or not divergence_temperature > 0:
             raise ValueError(f"`divergence_temperature` is above 0; got {divergence_temperature!r}.")
         if refill_rows != "auto" and not is_whole(refill_rows, 1):
@@ -563,11 +563,6 @@ def _disconnect(data: ReplayDataModule) -> None:
     data.uses_per_sample = 1
     data.joins_batch = True
     data.drawn = None
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:

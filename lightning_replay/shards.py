@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_replay.arguments import is_whole
 from lightning_replay.buffer import ReplayRows
 from lightning_replay.files import atomic_write, cached_columns, cached_of, token_columns, tokens_of
-from lightning_replay.generation import stream
+from lightning_replay.generation import order_seed, stream
 from lightning_replay.language_model import LanguageModel, weights_hash
 
 __all__ = ["Manifest", "ReplayShards", "ShardFile", "shard_name", "write_shard"]
@@ -216,7 +216,7 @@ class ReplayShards:
     @property
     def order_seed(self) -> int:
         """Seed of a buffer that draws the rows in the order in which a run that samples them would."""
-        return stream(int(self.manifest.settings["seed"]), 0, 0).initial_seed()
+        return order_seed(int(self.manifest.settings["seed"]))
 
     def next_rows(self) -> ReplayRows:
         """Read the next ``read_rows`` rows; their ``uses`` say how often each has been read before.
@@ -286,10 +286,8 @@ class ReplayShards:
             MisconfigurationException: If vocabulary, context or weights are others.
         """
         name = type(model.module).__name__
-        settings, anew = (
-            self.manifest.settings,
-            "Generate rows with the model that you train: `lightning-replay generate`.",
-        )
+        settings = self.manifest.settings
+        anew = "Generate rows with the model that you train: `lightning-replay generate`."
         if self.vocabulary != model.vocabulary:
             raise MisconfigurationException(
                 f"The rows in {self.folder} come from a model with a vocabulary of {self.vocabulary}, but {name} has "
