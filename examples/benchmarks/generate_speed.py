@@ -5,7 +5,7 @@
 Random-weight Llamas of 25 and 125 million parameters, and each model given, generate rows of 128 tokens in 32 bits on a
 single thread, without and with 64 cached log-probabilities a position. Prints a table: rows and tokens a second, the
 operations of sampling that come with them (2 a weight and token), and bytes of a row on disk. Ten minutes; --quick
-measures a tiny model in seconds.
+measures a small one in seconds.
 """
 
 import argparse
@@ -15,26 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from replay_cost import MODELS
+from transformers import AutoModelForCausalLM
 
 from lightning_replay import RowOptions, generate_rows
 from lightning_replay.shards import Manifest
 
-SIZES = {
-    "25M": {"vocab_size": 8192, "hidden_size": 432, "intermediate_size": 1152, "num_hidden_layers": 8},
-    "125M": {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14},
-}
-TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES = {"25M": "Llama, 25M", "125M": "Llama, 125M"}
+"""The models of random weights, by the name of their folder, as `replay_cost.py` names them."""
+TINY = {"tiny": "TinyStories-656K"}
+ROWS = {"tiny": 16, "25M": 512, "125M": 128}
 
 
-def random_llama(folder: Path, sizes: dict[str, int]) -> Path:
-    """A Llama of random weights, saved."""
+def saved(name: str, folder: Path) -> Path:
+    """A model of random weights in a folder."""
     torch.manual_seed(0)
-    heads = max(2, sizes["hidden_size"] // 72)
-    config = LlamaConfig(
-        **sizes, num_attention_heads=heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    MODELS[name]().save_pretrained(folder)
     return folder
 
 
@@ -66,15 +62,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="*", default=[], help="folders of models to measure first")
     parser.add_argument("--rows", type=int, help="rows of each; by default as many as take a minute or so")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--quick", action="store_true", help="a tiny model alone")
+    parser.add_argument("--quick", action="store_true", help="a small model alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sizes = {"tiny": TINY} if options.quick else SIZES
-        models = [*options.model, *(random_llama(folder / size, sizes[size]) for size in sizes)]
-        rows = {"tiny": 16, "25M": 512, "125M": 256}
+        sizes = TINY if options.quick else SIZES
+        models = [*options.model, *(saved(size, Path(name) / folder) for folder, size in sizes.items())]
         found = [
-            measure(model, options.rows or rows.get(model.name, 2048), 16 if options.quick else 128, top_k)
+            measure(model, options.rows or ROWS.get(model.name, 2048), 16 if options.quick else 128, top_k)
             for model in models
             for top_k in (0, 64)
         ]
