@@ -375,40 +375,41 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="write replay rows that a model generates to a folder, here or on a Ray cluster",
+        usage="%(prog)s --model M --rows N --output DIR [options]",
         description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). Run again "
         "after an interruption, it goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=30),
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--model", required=True, help="hub name or local folder of the model")
-    add("--rows", type=int, required=True, help="how many rows")
-    add("--output", type=Path, required=True, help="folder for the rows; all machines have to see it")
-    add("--engine", choices=get_args(Engine), default="local", help="this process, or actors of Ray Data")
-    add("--actors", type=int, default=2, help="actors, each with a model")
-    add("--threads", type=int, help="of each process, by default 1 for an actor, else torch's")
-    add("--ray-address", help="cluster to connect to, by default the one that Ray finds")
-    add("--batch-size", type=int, help="samples decoded at a time, by default as memory allows")
-    add("--shard-rows", type=int, default=RowOptions.shard_rows, help="rows in a file")
-    add("--sequence-length", type=int, default=RowOptions.sequence_length, help="tokens in a row")
-    add("--sample-length", type=int, help="tokens sampled in one piece, by default two rows")
-    add("--prompts", help="'chat', or a file with a text on each line; by default the start token")
-    add("--temperature", type=float, default=RowOptions.temperature, help="sampling temperature")
-    add("--top-k", type=int, help="sample from the likeliest tokens alone")
-    add("--top-p", type=float, help="sample from the likeliest tokens of this probability")
-    add("--min-p", type=float, help="sample from tokens of this share of the likeliest one's probability")
-    add("--stop-at-eos", action="store_true", help="let the end token end a sample")
-    add("--seed", type=int, default=RowOptions.seed, help="seed of sampling")
-    add(
-        "--reference-top-k",
-        type=int,
-        default=RowOptions.reference_top_k,
-        help="log-probabilities to keep of each token",
-    )
-    add("--divergence-temperature", type=float, default=RowOptions.divergence_temperature, help="divides their logits")
-    add("--dtype", default=RowOptions.dtype, help="type to compute in")
-    add("--device", default=RowOptions.device, help="where the model runs: cuda where there is one")
-    add("--trust-remote-code", action="store_true", help="execute code that comes with the model")
+
+    def add(name: str, kind: type, **settings: Any) -> None:
+        """An option with a short word for its value."""
+        letter = {int: "N", float: "X"}.get(kind, name.split("-")[-1].upper())
+        parser.add_argument(name, type=kind, metavar=letter, **settings)
+
+    add("--model", str, required=True, help="hub name or local folder of the model")
+    add("--rows", int, required=True, help="how many rows")
+    add("--output", Path, required=True, help="folder, which all machines have to see")
+    parser.add_argument("--engine", choices=get_args(Engine), default="local", help="this process, or Ray Data")
+    add("--actors", int, default=2, help="Ray actors, each with a model")
+    add("--threads", int, help="of each process; by default 1 for an actor")
+    add("--ray-address", str, help="cluster; by default what Ray finds")
+    add("--batch-size", int, help="samples at a time; by default what fits")
+    add("--shard-rows", int, default=RowOptions.shard_rows, help="rows in a file")
+    add("--sequence-length", int, default=RowOptions.sequence_length, help="tokens in a row")
+    add("--sample-length", int, help="tokens of a sample; by default two rows")
+    add("--prompts", str, help="'chat' or a file, a text on each line")
+    add("--temperature", float, default=RowOptions.temperature, help="of sampling")
+    add("--top-k", int, help="sample from the N likeliest tokens")
+    add("--top-p", float, help="from the likeliest of this probability")
+    add("--min-p", float, help="from those of this share of the likeliest")
+    parser.add_argument("--stop-at-eos", action="store_true", help="let the end token end a sample")
+    add("--seed", int, default=RowOptions.seed, help="of sampling")
+    add("--reference-top-k", int, default=RowOptions.reference_top_k, help="log-probabilities kept of a token")
+    add("--divergence-temperature", float, default=RowOptions.divergence_temperature, help="divides their logits")
+    add("--dtype", str, default=RowOptions.dtype, help="to compute in")
+    add("--device", str, default=RowOptions.device, help="of the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="execute code that comes with the model")
 
 
 def run_command(options: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ COMMANDS = {
     "predict": "the loss of each row, for callbacks that write predictions",
 }
 _HELP = {
-    "config": "A YAML file with the settings; several are merged, the last one counts.",
-    "print_config": "Print all settings, as a file that gives the same run, and exit.",
+    "config": "A YAML file with the settings; later ones win.",
+    "print_config": "Print all settings, as a file that gives this run.",
     "seed_everything": "The global seed.",
     "ckpt_path": "A checkpoint: to go on from, or whose weights to measure.",
     "weights_only": "Whether a checkpoint may hold nothing but tensors and plain containers.",
@@ -29,18 +29,19 @@ _HELP = {
 }
 _PARTS = {
     "model": "the model and its optimizer",
-    "data": "the new task's data and what is mixed in",
-    "trainer": "Lightning's Trainer, with its callbacks and loggers",
+    "data": "the new task's data and the mixing",
+    "trainer": "the Trainer, callbacks and loggers",
 }
 _EPILOG = """\
-What can be set is told by --model.help, --data.help and --trainer.help, and for a class that a config
-names with class_path, by its name:
+What can be set is told by --model.help, --data.help and --trainer.help, and for
+a class that a config names with class_path, by its name:
 
-  --data.data.help TextDataModule           --trainer.callbacks.help SelfGeneratedReplay
-  --data.data.help ChatDataModule           --trainer.callbacks.help ForgettingMonitor
+  --data.data.help TextDataModule     --trainer.callbacks.help ForgettingMonitor
+  --data.data.help ChatDataModule     --trainer.callbacks.help SelfGeneratedReplay
 
-Each setting of the file can be set on the command line as well, as in --model.learning_rate 1e-4.
-${model.model} in a file is what is set there. examples/configs/ has files to begin with.
+Each setting of the file can be set here as well: --model.learning_rate 1e-4.
+${model.model} in a file is what is set there. examples/configs/ has files to
+begin with.
 """
 
 
@@ -81,7 +82,7 @@ class _CommandLine(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for part, what in _PARTS.items():
-            parser.add_argument(f"--{part}.help", action=_PartHelp, help=f"Show the settings of {what}, and exit.")
+            parser.add_argument(f"--{part}.help", action=_PartHelp, help=f"Show the settings of {what}.")
 
     @override
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:

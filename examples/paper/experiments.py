@@ -36,7 +36,6 @@ class Scale:
         length: Tokens in a row.
         held_out: Rows of each text to measure on.
         rates: Learning rates without replay, in `learning_rate.py`.
-        seeds_at: The lowest of them at which all seeds are run; below, the first alone.
         rate_steps: Optimizer steps at most for a run at a learning rate of 1e-3; lower ones have more in proportion.
         widths: Of the models in `capacity.py`.
         tokens_per_parameter: How far the smallest of them is pretrained.
@@ -52,7 +51,6 @@ class Scale:
     length: int = 128
     held_out: int = 96
     rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-    seeds_at: float = 1e-4
     rate_steps: int = 80
     widths: tuple[int, ...] = (16, 32, 64, 128)
     tokens_per_parameter: float = 2000.0
@@ -69,7 +67,6 @@ QUICK = Scale(
     length=32,
     held_out=16,
     rates=(1e-2, 1e-3),
-    seeds_at=1e-3,
     rate_steps=15,
     widths=(16, 32),
     tokens_per_parameter=3.0,
@@ -316,7 +313,12 @@ def cell(values: Iterable[float], form: str = "+.3f") -> str:
         return "not reached"
     spread = format((max(known) - min(known)) / 2, form.lstrip("+"))
     note = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{mean(known):{form}} ± {spread}{note}"
+    return f"{mean(known):{form}} ± {spread}{note}".replace("-", "−")
+
+
+def count(values: Sequence[Any], noun: str) -> str:
+    """How many there are, in words such as "3 seeds"."""
+    return f"{len(values)} {noun}{'s' * (len(values) != 1)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

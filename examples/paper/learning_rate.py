@@ -58,13 +58,12 @@ def finetunings(lab: Lab, rate: float, fraction: float, level: float) -> list[Fi
     slowness = 1e-3 / rate
     every = max(1, min(100, round(5 * slowness)))
     steps = int(lab.scale.rate_steps * max(1.0, slowness)) * (4 if fraction else 1)
-    seeds = [seed for seed in lab.seeds if rate >= lab.scale.seeds_at or seed == lab.seeds[0]]
     replay = REPLAY if fraction else None
     return [
         lab.finetuning(
             seed, learning_rate=rate, steps=steps, every=every, until=level, replay=replay, replay_fraction=fraction
         )
-        for seed in seeds
+        for seed in lab.seeds
     ]
 
 
@@ -97,10 +96,13 @@ def learning_rate(lab: Lab) -> Report:
             look = Look.of(index)
             places = [way.place for way in part]
             axis.plot(*zip(*places, strict=True), marker="o", **look.line())
-            for way, place in zip(part, places, strict=True):
+            names = [way.name for way in part]
+            if index:  # these are too near to each other for a name each
+                shares = [f"{way.fraction:.0%}" for way in part]
+                names = [f"{scientific(lab.learning_rate)}, {', '.join(shares)} replay rows", *[""] * (len(part) - 1)]
+            for name, place in zip(names, places, strict=True):
                 if not isnan(place[0]):
-                    text = f"{way.fraction:.0%}" if way.fraction else scientific(way.rate)
-                    axis.annotate(text, place, (6, 5), textcoords="offset points", color=look.color)
+                    axis.annotate(name, place, (7, 5), textcoords="offset points", color=look.color)
             axis.plot([], [], label=label, marker="o", **look.line())
         axis.set_xscale("log")
         plain_numbers(axis.xaxis)
@@ -122,11 +124,10 @@ def learning_rate(lab: Lab) -> Report:
         f"{cell(match.forgotten)} in {cell(match.values('cpu_seconds'), '.1f')} s with sampling, "
         f"{seconds / match.place[0]:.1f} times less",
         details=table(
-            ["learning rate", "seeds", "steps", "seconds", "rows sampled", "forgetting"],
+            ["learning rate", "steps", "seconds", "rows sampled", "forgetting"],
             [
                 [
                     way.name,
-                    str(len(way.runs)),
                     cell(way.values("step"), ".0f"),
                     cell(way.values("cpu_seconds"), ".1f"),
                     cell(way.values("sampled_rows"), ".0f"),
@@ -138,7 +139,7 @@ def learning_rate(lab: Lab) -> Report:
         rows=[
             {"learning_rate": way.rate, "replay_fraction": way.fraction, "seed": seed, **vars(point)}
             for way in all_ways
-            for seed, run in zip(lab.seeds, way.runs, strict=False)
+            for seed, run in zip(lab.seeds, way.runs, strict=True)
             for point in run
         ],
         draw=draw,

@@ -8,7 +8,7 @@ One model finetuned on the new text in each way; the picture shows prior against
 from dataclasses import replace
 
 from arms import PLAIN, average, comparison, difference, lines, removed, trajectories
-from experiments import Lab, Report, cell, main
+from experiments import Lab, Report, cell, count, main
 from matplotlib.figure import Figure
 
 from lightning_replay.pictures import Look
@@ -49,7 +49,7 @@ def methods(lab: Lab) -> Report:
     return Report(
         claim="Self-generated replay nearly ends forgetting; KL beats next-token loss; LoRA alone doesn't help",
         experiment=f"{len(NAMES)} ways to finetune, {lab.scale.steps} steps; share of plain finetuning's forgetting "
-        f"that is gone at the same new-task loss; {len(lab.seeds)} seed(s)",
+        f"that is gone at the same new-task loss; {count(lab.seeds, 'seed')}",
         paper="KL 97.5%, next-token 94.9%, LoRA −24.5%; self-generated within 0.001 nats of real rows",
         ours=f"KL × 10 {shares[OWN]}, next-token × 1 {shares['next-token × 1']}, LoRA {shares['LoRA, rank 16']}, a "
         f"tenth of the learning rate {shares['learning rate ÷ 10']}, KL on new rows {shares['KL on new rows × 1']}; "

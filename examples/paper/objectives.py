@@ -9,7 +9,7 @@ Shares its runs with the other scripts where the settings are the same; `run_all
 from statistics import mean
 
 from arms import ARMS, comparison, lines, trajectories
-from experiments import Lab, Report, main
+from experiments import Lab, Report, count, main
 from matplotlib.figure import Figure
 from runs import forgetting
 
@@ -30,7 +30,7 @@ def objectives(lab: Lab) -> Report:
 
     return Report(
         claim="What each objective, source and coefficient keeps",
-        experiment=f"{len(ARMS)} ways to finetune, {lab.scale.steps} steps, {len(lab.seeds)} seed(s)",
+        experiment=f"{len(ARMS)} ways to finetune, {lab.scale.steps} steps, {count(lab.seeds, 'seed')}",
         paper="",
         ours="below",
         details=comparison(arms),

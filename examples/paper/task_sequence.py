@@ -8,7 +8,7 @@ The demo's four tasks, one after another; neither model nor texts are used.
 from statistics import mean
 from typing import Any
 
-from experiments import Lab, Report, cell, main, table
+from experiments import Lab, Report, cell, count, main, table
 from matplotlib.figure import Figure
 from runs import TaskSequence
 
@@ -46,7 +46,7 @@ def task_sequence(lab: Lab) -> Report:
     return Report(
         claim="A sequence of tasks is learned without forgetting",
         experiment=f"The demo's {len(TASKS)} tasks, {lab.scale.task_steps} steps each, KL × 3: average accuracy and "
-        f"backward transfer after the last; {len(lab.seeds)} seed(s)",
+        f"backward transfer after the last; {count(lab.seeds, 'seed')}",
         paper="99.9% and −0.0004 with replay; 30.7% and −0.92 without",
         ours=f"{replayed} and {kept} with replay; {plain} and {lost} without",
         details=table(
