@@ -17,11 +17,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_replay.causal_lm import CausalLM
 from lightning_replay.datamodule import ReplayDataModule
+from lightning_replay.forgetting import ForgettingMonitor
 from lightning_replay.language_model import evaluating
 from lightning_replay.metrics import average_accuracy, backward_transfer
 from lightning_replay.reference import Reference
@@ -94,8 +96,7 @@ class _TaskAccuracy(Callback):
         self.progress = progress
         self.label = label
         self.first_step = run.ends[-1] if run.ends else 0
-        held_out = torch.Generator().manual_seed(2**31)
-        self.problems = {task: problems(task, HELD_OUT, held_out) for task in TASKS}
+        self.problems = _held_out_problems()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,7 +139,8 @@ class _TaskAccuracy(Callback):
 def demo(output: Path, seed: int = 0) -> dict[str, Any]:
     """Learn the tasks one after another, without and with replay; write ``results.json`` and ``accuracy.png``.
 
-    The first task is learned once: before there is anything to replay, the two runs are the same.
+    The first task is learned once: before there is anything to replay, the two runs are the same. What the others log
+    goes to ``logs``, for ``lightning-replay report``.
 
     Args:
         output: Folder to write to; made where it is missing.
@@ -153,12 +155,15 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
         f"A small transformer learns {len(TASKS)} tasks one after another: {', '.join(TASKS)}.\n"
         "First with plain finetuning, then with self-generated replay."
     )
-    runs = learn_sequence({"without_replay": None, "with_replay": replay_of}, seed, console, STEPS)
+    runs = learn_sequence(
+        {"without_replay": None, "with_replay": replay_of}, seed, console, STEPS, logs=output / "logs"
+    )
     results = {"seed": seed, "tasks": list(TASKS)} | {arm: run.summary() for arm, run in runs.items()}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _draw(runs, output / "accuracy.png")
     console.print(_table(results))
     console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}.")
+    console.print(f"A page of what was logged on the way: lightning-replay report {output}")
     return results
 
 
@@ -168,6 +173,7 @@ def learn_sequence(
     console: Console,
     steps: int = STEPS,
     first_steps: int = FIRST_TASK_STEPS,
+    logs: Path | None = None,
 ) -> dict[str, Run]:
     """Learn the tasks one after another, once for each arm; the first task, learned once, is shared by all.
 
@@ -177,6 +183,7 @@ def learn_sequence(
         console: Where progress is shown.
         steps: Optimizer steps of each task but the first.
         first_steps: Optimizer steps of the first task at most; it ends where it has been learned.
+        logs: Folder for CSV logs of replay and forgetting, with a folder for each arm and task; none if left out.
 
     Returns:
         What each arm gave.
@@ -186,13 +193,18 @@ def learn_sequence(
         pl.seed_everything(seed)
         shared = Run()
         model = _small_transformer()
-        _learn("all", tasks[0], model, shared, progress, seed, first_steps, replay=None)
+        _learn("all", tasks[0], model, shared, progress, seed, first_steps, replay=None, logs=None)
         for arm, replay_of_tasks in arms.items():
             runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
             for number, task in enumerate(tasks[1:], start=1):
                 replay = None if replay_of_tasks is None else replay_of_tasks(tasks[:number])
-                _learn(arm.replace("_", " "), task, learner, runs[arm], progress, seed, steps, replay)
+                _learn(arm, task, learner, runs[arm], progress, seed, steps, replay, logs)
     return runs
+
+
+def _held_out_problems() -> dict[str, torch.Tensor]:
+    held_out = torch.Generator().manual_seed(2**31)
+    return {task: problems(task, HELD_OUT, held_out) for task in TASKS}
 
 
 def _small_transformer() -> LlamaForCausalLM:
@@ -231,17 +243,26 @@ def _learn(
     seed: int,
     steps: int,
     replay: SelfGeneratedReplay | None,
+    logs: Path | None,
 ) -> None:
     """Train the model on one task, with a fresh optimizer."""
-    first = not run.ends
-    label = f"{arm:<14} {len(run.ends) + 1}/{len(TASKS)} {task:<8}"
-    accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
+    learned = len(run.ends)
+    first = not learned
+    label = f"{arm.replace('_', ' '):<14} {learned + 1}/{len(TASKS)} {task:<8}"
+    callbacks: list[Callback] = [_TaskAccuracy(run, progress, label, until=LEARNED if first else None)]
+    if replay is not None:
+        callbacks.append(replay)
+    if logs is not None:
+        earlier = list(_held_out_problems().items())[:learned]
+        prior = {name: [{"input_ids": rows, "labels": rows}] for name, rows in earlier}
+        callbacks.append(ForgettingMonitor(prior, MEASURE_EVERY))
     loader = problems_loader(task, BATCH_SIZE, seed)
     trainer = pl.Trainer(
         max_steps=steps,
-        callbacks=[accuracy] if replay is None else [accuracy, replay],
+        callbacks=callbacks,
         accelerator="cpu",
-        logger=False,
+        logger=False if logs is None else CSVLogger(logs, arm, f"{learned + 1}_{task}"),
+        log_every_n_steps=MEASURE_EVERY,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
