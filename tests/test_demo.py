@@ -75,6 +75,23 @@ def test_a_short_demo_forgets_less_with_replay(tmp_path: Path, monkeypatch: pyte
     assert results["with_replay"]["accuracy"][first] > 0.5
 
 
+@pytest.mark.slow
+def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "STEPS", 5)
+    results = demo.demo(tmp_path)
+    assert f"lightning-replay report {tmp_path}" in "".join(capsys.readouterr().out.split("\n"))
+    main(["report", str(tmp_path), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.html").read_text()
+    for arm in ("without_replay", "with_replay"):
+        for name in ("2_sort", "3_increment", "4_swap"):
+            assert f"{arm}/{name}" in page
+    logged = (tmp_path / "logs" / "without_replay" / "4_swap" / "metrics.csv").read_text().splitlines()
+    assert {"forgetting/reverse", "forgetting/sort", "forgetting/increment"} <= set(logged[0].split(","))
+    assert demo.STEPS == 5 and results["without_replay"]["accuracy_after_each_task"]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
