@@ -80,7 +80,7 @@ def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "STEPS", 5)
-    results = demo.demo(tmp_path)
+    demo.demo(tmp_path)
     assert f"lightning-replay report {tmp_path}" in "".join(capsys.readouterr().out.split("\n"))
     main(["report", str(tmp_path), "--output", str(tmp_path / "report")])
     page = (tmp_path / "report" / "report.html").read_text()
@@ -89,7 +89,6 @@ def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
             assert f"{arm}/{name}" in page
     logged = (tmp_path / "logs" / "without_replay" / "4_swap" / "metrics.csv").read_text().splitlines()
     assert {"forgetting/reverse", "forgetting/sort", "forgetting/increment"} <= set(logged[0].split(","))
-    assert demo.STEPS == 5 and results["without_replay"]["accuracy_after_each_task"]
 
 
 @pytest.mark.long
