@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_replay.arguments import check_choice, check_package, is_number, is_whole
@@ -205,7 +206,7 @@ class SelfGeneratedReplay(Callback):
         stop_at_eos: bool = False,
         filters: Sequence[Filter] = (),
         sampler: Sampler | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
         ignore_index: int = -100,
         previews: int = 3,
