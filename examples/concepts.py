@@ -35,7 +35,7 @@ from lightning_replay import (
 from lightning_replay.pictures import STEPS, STYLE, Look
 
 ARMS = ("without replay", "with replay")
-LOOKS = dict(zip(ARMS, map(Look.of, (1, 0)), strict=True))
+LOOKS = dict(zip(ARMS, map(Look.of, (0, 1)), strict=True))
 LIKELIEST = 8
 
 

@@ -162,7 +162,7 @@ def capacity(lab: Lab) -> Report:
     def draw(figure: Figure) -> None:
         by_size, by_tokens = figure.subplots(1, 2)
         sizes = [runs[0].start.parameters for runs in best.values()]
-        for index, (name, coefficient) in enumerate({"best coefficient": None, "no replay": 0.0}.items()):
+        for index, (name, coefficient) in enumerate({"no replay": 0.0, "best coefficient": None}.items()):
             groups = [
                 runs
                 if coefficient is None
@@ -170,7 +170,7 @@ def capacity(lab: Lab) -> Report:
                 for width, runs in best.items()
             ]
             band(by_size, sizes, [[run.forgetting for run in runs] for runs in groups], index, name)
-        band(by_tokens, tokens, list(at_length.values()), 1, "no replay")
+        band(by_tokens, tokens, list(at_length.values()), 0, "no replay")
         by_size.set_xticks(sizes, [f"{size:,}" for size in sizes])
         by_size.set(title=f"Pretrained to a prior loss of {prior_level:.2f}", xlabel="parameters", ylabel=FORGETTING)
         by_tokens.set(title=f"{sizes[0]:,} parameters", xlabel="pretraining tokens per parameter", ylabel=FORGETTING)

@@ -229,6 +229,9 @@ def main(scripts: Mapping[str, Script], description: str) -> None:
     (options.output / ("results.md" if len(scripts) > 1 else f"{next(iter(scripts))}.md")).write_text(results)
     print(f"\n{results}\nWrote these lines, pictures and CSV files to {options.output}.")
     for page in options.fill:
+        if len(scripts) == 1:
+            fill(page, next(iter(scripts)), details[0].partition("\n\n")[2])
+            continue
         here = os.path.relpath(Path(__file__).parent, page.resolve().parent)
         fill(page, "paper results", re.sub(r"\]\((\w+\.py)\)", rf"]({here}/\1)", "\n".join(lines)))
         fill(page, "paper details", "\n\n".join(details))
