@@ -19,12 +19,14 @@ class Arm:
     Attributes:
         replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
         text: Whose the replay rows are: the model's own samples, prior text, or text of another kind.
+        from_start: Whether each sample is one row, which begins with the start token, instead of two.
         changes: What else differs from plain finetuning.
         slowness: What the learning rate is divided by.
     """
 
     replay: dict[str, Any] | None = None
     text: Literal["own", "prior", "other"] = "own"
+    from_start: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     slowness: float = 1.0
 
@@ -32,7 +34,10 @@ class Arm:
         """The run of this arm with a seed."""
         replayed = {"own": None, "prior": lab.prior, "other": lab.other}[self.text]
         rate = lab.learning_rate / self.slowness
-        return lab.finetuning(seed, learning_rate=rate, replay=self.replay, replayed=replayed, **self.changes)
+        replay = self.replay
+        if replay is not None and self.from_start:
+            replay = {**replay, "sample_length": lab.scale.length}
+        return lab.finetuning(seed, learning_rate=rate, replay=replay, replayed=replayed, **self.changes)
 
 
 def _kl(coefficient: float, **options: Any) -> dict[str, Any]:
@@ -63,7 +68,7 @@ ARMS: dict[str, Arm] = {
     "reverse KL × 10": Arm(_kl(10.0, divergence="reverse")),
     "Jensen–Shannon × 40": Arm(_kl(40.0, divergence="jensen_shannon")),
     "KL × 10, cached, k = 64": Arm(_kl(10.0, reference="cached")),
-    "KL × 10, rows from the start token": Arm(_kl(10.0, sample_length=128)),
+    "KL × 10, rows from the start token": Arm(_kl(10.0), from_start=True),
     "KL × 10, documents stop and are packed": Arm(_kl(10.0, stop_at_eos=True)),
     "KL × 10, live rows": Arm(_kl(10.0, source="live")),
     "next-token × 1, live rows": Arm(_next_token(1.0, source="live")),
