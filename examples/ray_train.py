@@ -71,7 +71,7 @@ def fit_on_ray(options: dict[str, Any]) -> None:
         fit,
         train_loop_config=options | {"batch_size": options["batch_size"] // options["workers"]},
         scaling_config=ray.train.ScalingConfig(num_workers=options["workers"], use_gpu=torch.cuda.is_available()),
-        run_config=ray.train.RunConfig(storage_path=str(Path(options["output"]).absolute() / "ray")),
+        run_config=ray.train.RunConfig(storage_path=str(options["output"] / "ray")),
     )
     trainer.fit()
 
@@ -109,7 +109,10 @@ def main() -> None:
     parser.add_argument("--model", help="hub name or folder of model and tokenizer")
     parser.add_argument("--new", help="text to finetune on: hub name or file")
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that train, with a GPU each where there are any"
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that train, with a GPU each where there are any; 0 for this one, without Ray",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="new rows in a batch of all workers together")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
@@ -118,12 +121,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and random rows, in a folder of its own")
     options = vars(parser.parse_args())
     if options["quick"]:
-        options |= {"steps": 10, "rows": 256, "output": Path(tempfile.mkdtemp())}
+        # One batch holds all rows, as several workers would have them shuffled: any number of workers trains the same.
+        options |= {"steps": 10, "rows": options["batch_size"], "output": Path(tempfile.mkdtemp())}
     elif not options["model"] or not options["new"]:
         parser.error("--model and --new are needed without --quick")
+    # Ray's workers have a working directory of their own.
+    options["output"] = options["output"].absolute()
+    for name in ("model", "new"):
+        if options[name] and Path(options[name]).exists():
+            options[name] = str(Path(options[name]).absolute())
 
-    fit_on_ray(options)
-    values = json.loads((Path(options["output"]) / "values.json").read_text())
+    if options["workers"]:
+        fit_on_ray(options)
+    else:
+        fit(options)
+    values = json.loads((options["output"] / "values.json").read_text())
     print(f"Last step: loss {values['train/loss']:.3f}, replay loss {values['replay/loss']:.4f} nats a token.")
     print(f"The trained model is in {options['output']}.")
 
