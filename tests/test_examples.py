@@ -1,12 +1,20 @@
-"""Every script in examples/ that users begin with, as a process of its own, on a tiny model."""
+"""The scripts in examples/, each as a process of its own, on a tiny model."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lightning_replay.cli import main
+from lightning_replay.toy import TASKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -39,6 +47,22 @@ def figure(name: str, said: str) -> float:
     found = re.search(rf"{name} ([+-]?[\d.]+)", said)
     assert found, said
     return float(found[1])
+
+
+def tables(said: str) -> list[list[list[str]]]:
+    """The tables in Markdown: of each, the cells of its lines."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", said, re.MULTILINE)
+    split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [[header, *rows] for header, _, *rows in split]
+
+
+def numbers(figures: Any) -> Iterator[float]:
+    """All numbers of a JSON file."""
+    if isinstance(figures, (dict, list)):
+        for value in figures.values() if isinstance(figures, dict) else figures:
+            yield from numbers(value)
+    elif not isinstance(figures, str):
+        yield figures
 
 
 def test_three_lines_keep_what_an_existing_script_forgets(scratch: Path, tmp_path: Path) -> None:
@@ -85,3 +109,93 @@ def test_a_sequence_of_tasks_is_kept(scratch: Path, tmp_path: Path) -> None:
     assert [len(row) for row in matrix] == [3, 3, 3]
     assert figure("backward transfer", said) > -0.2
     assert figure("forgetting measure", said) < 0.2
+
+
+def test_a_page_shows_what_text_was_forgotten_without_and_with_replay(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = printed("finetune_text.py", scratch, tmp_path)
+    points = [[float(value) for value in line.split()] for line in said.splitlines() if re.match(r"[\d. ]+$", line)]
+    assert [point[0] for point in points] == [20, 40, 60]
+    _, prior_without, new_without, prior_with, new_with = points[-1]
+    assert max(new_without, new_with) < 1
+    assert prior_with < prior_without - 3
+
+    monkeypatch.chdir(tmp_path)
+    command = said.splitlines()[-1].removeprefix("A page of them: lightning-replay ")
+    main(shlex.split(command))
+    page = (tmp_path / "lightning-replay-report" / "report.html").read_text()
+    for name, prior in (("without_replay", prior_without), ("with_replay", prior_with)):
+        (row,) = (row for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL) if name in row)
+        assert f"{prior:.3f}" in row
+
+
+def test_pictures_show_what_is_sampled_regularized_and_measured(scratch: Path, tmp_path: Path) -> None:
+    said = printed("concepts.py", scratch, tmp_path)
+    pictures = ("sampled", "regularized", "measured")
+    assert sorted(path.stem for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
+    assert all((tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert figure("before, with replay:", said) < 0.1 * figure("before, without replay:", said)
+    assert figure("forgetting without replay:", said) > 1
+    assert figure("forgetting with replay:", said) < 0.3
+
+
+def test_rows_generated_ahead_keep_what_their_model_knows(scratch: Path, tmp_path: Path) -> None:
+    said = printed("generate_ahead.py", scratch, tmp_path)
+    assert re.search(r"rows: 256 rows of 32 tokens, [\d,.]+ rows/s", said)
+    (_, lost), (_, kept) = (map(float, values) for values in re.findall(r"replay +([\d.]+) +([+-][\d.]+)", said))
+    assert lost > 0.3
+    assert abs(kept) < 0.3 * lost
+
+
+def test_every_reference_has_its_line_after_a_task_that_all_share(scratch: Path, tmp_path: Path) -> None:
+    (table,) = tables(printed("toy_references.py", scratch, tmp_path))
+    (summary,) = json.loads((tmp_path / "runs" / "references.json").read_text())
+    assert table[0] == ["reference", *TASKS, "average", "backward transfer"]
+    arms = ["none", "frozen copy", "cached, k = 17 (all)", "cached, k = 8", "moving average, decay 0.999"]
+    assert [row[0] for row in table[1:]] == list(summary) == arms
+    for row, run in zip(table[1:], summary.values(), strict=True):
+        assert row[1:5] == [f"{accuracy:.1%} ± 0.0%" for accuracy in run["accuracy"].values()]
+        assert run["accuracy_after_each_task"][0] == summary["none"]["accuracy_after_each_task"][0]
+        assert len(run["accuracy_after_each_task"]) == len(TASKS)
+
+
+@pytest.mark.slow
+def test_all_parts_of_what_replay_costs_are_measured(scratch: Path, tmp_path: Path) -> None:
+    fits, sampling, draw, memory, growth, shares = tables(printed("benchmarks/replay_cost.py", scratch, tmp_path))
+    figures = json.loads((tmp_path / "runs" / "replay_cost.json").read_text())
+    assert all(0 < value < inf for value in numbers(figures))
+    assert fits[0] == ["fit", "ms a step", "÷ without replay"]
+    assert len(fits) == 1 + 12
+    assert [row[:2] for row in fits[1:]] == [
+        [name, f"{one['ours'] / 2 * 1000:.0f}"] for name, one in figures["fit"].items()
+    ]
+    assert [row[0] for row in sampling] == ["model", "TinyStories-656K", "Llama, 25M", "GPT-2, 25M"]
+    assert list(figures["sampling"]) == [row[0] for row in sampling[1:]]
+    assert [row[0] for row in draw] == ["capacity", "1,000", "10,000"]
+    assert {figures["draw"][capacity]["bytes"] for capacity in ("1000", "10000")} == {4 + 16 / 128}
+    assert figures["draw"]["bytes_of_a_log_probability"] == 4 + 2 * 65 / 64
+    assert [row[:2] for row in memory[1:]] == [[name, f"{peak:,.0f}"] for name, peak in figures["memory"].items()]
+    assert list(figures["memory"]) == ["LoRA, no replay", "LoRA, KL"]
+    assert [row[1:3] for row in growth[1:]] == [["16", "128"], ["64", "128"]]
+    assert [row[0] for row in shares[1:]] == list(figures["growth"]["fraction"]) == ["0", "0.2", "0.5"]
+
+
+def test_the_speed_of_generating_is_measured_without_and_with_log_probabilities(scratch: Path, tmp_path: Path) -> None:
+    (table,) = tables(printed("benchmarks/generate_speed.py", scratch, tmp_path, "--json=speed.json"))
+    figures = json.loads((tmp_path / "speed.json").read_text())
+    assert table[0] == ["model", "parameters", "cached", "rows/s", "tokens/s", "GFLOP/s", "bytes a row"]
+    assert [row[:3] for row in table[1:]] == [["tiny", "0.7M", "0"], ["tiny", "0.7M", "64"]]
+    for one in figures:
+        assert all(0 < value < inf for value in numbers(one | {"top_k": 1}))
+        assert one["parameters"] == 2048 * 128 + 2 * (2 * 128**2 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128) + 128
+        assert one["tokens_per_second"] == pytest.approx(16 * one["rows_per_second"])
+        assert one["gflops"] == pytest.approx(2 * one["parameters"] * one["tokens_per_second"] / 1e9)
+    plain, cached = (one["bytes_per_row"] for one in figures)
+    assert cached - plain > 15 * 64 * 2  # 15 positions' log-probabilities in 16 bits, and whose they are
+
+
+def test_no_script_is_left_without_a_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    unnamed = {path.stem for path in EXAMPLES.rglob("*.py") if f'{path.name}"' not in tests}
+    assert unnamed == {"quick", "arms", "experiments", "runs"}  # what the scripts share

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from experiments import cell, fill, perform
+from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
+CLAIMS = [
+    "capacity.py",
+    "coefficients.py",
+    "drift.py",
+    "learning_rate.py",
+    "methods.py",
+    "other_text.py",
+    "task_sequence.py",
+]
 
 
 def trajectory(*losses: tuple[float, float]) -> Trajectory:
@@ -110,10 +120,9 @@ def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
     subprocess.run([*command, "--fill", str(page)], check=True)
 
     lines = {path.stem: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
-    names = ["capacity", "coefficients", "drift", "learning_rate", "methods", "other_text", "task_sequence"]
-    assert sorted(lines) == names
-    assert sorted(path.stem for path in tmp_path.glob("*.png")) == names
-    assert all(f"[`{name}.py`]" in page.read_text() for name in names)
+    assert sorted(f"{name}.py" for name in lines) == CLAIMS
+    assert sorted(f"{path.stem}.py" for path in tmp_path.glob("*.png")) == CLAIMS
+    assert all(f"[`{script}`]" in page.read_text() for script in CLAIMS)
     assert [line["step"] for line in lines["methods"] if line["arm"] == PLAIN] == [
         "0",
         "1",
@@ -135,3 +144,20 @@ def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
     for arm in ("KL × 10", PLAIN):
         losses = [float(line["prior_loss"]) for line in lines["methods"] if line["arm"] == arm]
         assert ends[arm] == pytest.approx(losses[-1] - losses[0])
+
+
+@pytest.mark.slow
+def test_a_single_script_compares_all_objectives(tmp_path: Path) -> None:
+    command = [sys.executable, str(PAPER / "objectives.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run([*command, "--steps", "2", "--every", "2"], check=True)
+
+    with (tmp_path / "objectives.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(dict.fromkeys(line["arm"] for line in lines)) == list(OBJECTIVES)
+    assert len({line["prior_loss"] for line in lines if line["step"] == "0"}) == 1  # all begin with one model
+    table = [line.split(" | ") for line in (tmp_path / "objectives.md").read_text().splitlines()]
+    shown = {cells[0].removeprefix("| "): cells[2] for cells in table if len(cells) == 5}
+    for arm in OBJECTIVES:
+        losses = [float(line["prior_loss"]) for line in lines if line["arm"] == arm]
+        assert shown[arm] == cell([losses[-1] - losses[0]])
+    assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")

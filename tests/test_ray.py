@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from lightning_replay import RowOptions, generate_rows
 from lightning_replay.shards import Manifest
+from tests.test_examples import EXAMPLES, printed
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +66,26 @@ def _is_worker(process: Any) -> bool:
     return mine and any("_ShardActor" in part for part in process.info["cmdline"] or [])
 
 
+def test_rows_generated_on_ray_train_what_rows_generated_here_do(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = printed("generate_ahead.py", tmp_path, tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.get_runtime_context().gcs_address)
+    on_ray = printed("generate_ahead.py", tmp_path, tmp_path, "--engine=ray")
+    assert on_ray.splitlines()[-3:] == here.splitlines()[-3:]
+    assert "forgetting" in here.splitlines()[-3]
+
+
 def test_two_workers_of_ray_train_end_in_the_weights_of_one_process(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import ray_train
+    from ray_train import tiny_model
 
-    cluster.cloudpickle.register_pickle_by_value(ray_train)  # the workers don't know the examples' folder
-    # A batch of all workers holds all new rows, since the sampler that Lightning puts in for several shuffles them.
-    options = {"quick": True, "batch_size": 16, "rows": 16, "steps": 6, "seed": 0}
-    ray_train.fit_on_ray(options | {"workers": 2, "output": tmp_path / "together"})
-    ray_train.fit(options | {"workers": 0, "output": tmp_path / "alone"})
-    ours, theirs = (weights(tmp_path / name) for name in ("together", "alone"))
-    moved = (theirs - torch.cat([weight.flatten() for weight in ray_train.tiny_model().parameters()])).norm()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.get_runtime_context().gcs_address)
+    said = [printed("ray_train.py", tmp_path, tmp_path, f"--workers={workers}") for workers in (0, 2)]
+    theirs, ours = (weights(Path(line.split("is in ")[1][:-2])) for line in said)
+    moved = (theirs - torch.cat([weight.flatten() for weight in tiny_model().parameters()])).norm()
     assert moved > 0.1
     assert (ours - theirs).norm() < 1e-3 * moved
 
