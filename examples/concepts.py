@@ -4,8 +4,8 @@
     python examples/concepts.py --quick
 
 Finetunes without and with replay, from the same weights and on the same rows. Writes `sampled.png`, `regularized.png`
-and `measured.png`, which stand in the README, and prints the figures in them. Takes a minute and a half for a model of
-650,000 parameters on two cores, and 20 seconds with --quick.
+and `measured.png`, which stand in the README, and prints the figures in them. Takes two minutes for a model of
+650,000 parameters on two cores, and half a minute with --quick.
 """
 
 import argparse
