@@ -1,10 +1,9 @@
 """What each objective, source of replay rows and coefficient keeps of the prior text: not a claim, but a choice.
 
-    python examples/paper/objectives.py --model DIR --prior known.txt --new new.txt --other another.txt \
-        --steps 400 --every 50 --held-out 256
+    python examples/paper/objectives.py --model DIR --prior known.txt --new new.txt --other another.txt
 
-Writes the table in examples/README.md with `--fill examples/README.md`. Its runs are longer than those of the other
-scripts, and `run_all.py` leaves it out. Takes 40 minutes on two cores for a model of 650,000 parameters.
+Writes the table in examples/README.md with `--fill examples/README.md`. Shares its runs with the other scripts;
+`run_all.py` leaves it out. Takes 40 minutes on two cores for a model of 650,000 parameters, by itself.
 """
 
 from statistics import mean
