@@ -12,7 +12,7 @@ The first half is also a command, as for machines of their own:
         --reference-top-k 64 --engine ray --actors 8 --output rows
 
 Prints rows a second, then what the model forgets of rows of its own that it never trained on, without and with replay.
-With --quick, a model of random weights learns random rows in this process, in half a minute.
+With --quick, a model of random weights learns random rows in this process, in ten seconds.
 """
 
 import argparse

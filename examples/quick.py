@@ -1,7 +1,7 @@
 """What the examples run on: a model and texts that are named on the command line, or with --quick tiny ones.
 
 The tiny model can count upwards in words, in texts and in conversations; the new ones count downwards, and in twos. It
-is made once, in about ten seconds, and kept in the system's folder for temporary files.
+is made once, in a few seconds, and kept in the system's folder for temporary files.
 """
 
 import argparse

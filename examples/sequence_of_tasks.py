@@ -4,7 +4,7 @@
     python examples/sequence_of_tasks.py --model DIR_OR_HUB_NAME --prior known.txt --new new.txt --third third.txt
 
 No task's data are kept for the next. Prints the accuracy on each task's held-out text after each fit, a row a fit, and
-backward transfer (below zero: forgotten) and forgetting measure of the sequence. Takes 30 seconds with --quick.
+backward transfer (below zero: forgotten) and forgetting measure of the sequence. Takes 15 seconds with --quick.
 """
 
 import lightning as L
