@@ -7,7 +7,7 @@ copy. Gives the figures in examples/README.md.
     python examples/toy_references.py --quick
 
 Prints final accuracy of each task, average accuracy and backward transfer: mean and half the distance of the extremes
-over the seeds. Takes about three minutes for each seed on two cores. With --quick, a few steps show in 20 seconds that
+over the seeds. Takes some minutes for each seed on two cores. With --quick, a few steps show in 20 seconds that
 it works, and nothing else.
 """
 

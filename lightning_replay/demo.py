@@ -115,6 +115,8 @@ class _TaskAccuracy(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run.steps[-1] != self.first_step + trainer.global_step:
+            self._measure(trainer, pl_module)
         self.run.ends.append(self.run.steps[-1])
         self.run.matrix.append([curve[-1] for curve in self.run.curves.values()])
         self.progress.update(self.bar, completed=trainer.max_steps)
