@@ -17,10 +17,10 @@ from typing import Any
 
 import lightning as L
 import matplotlib
+import quick
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
-from quick import LENGTH, quick_folder
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -166,15 +166,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and texts, no download")
-    options = parser.parse_args()
-    if options.quick:
-        folder = quick_folder()
-        options.model, options.steps, options.length = str(folder / "model"), 40, LENGTH
-        options.prior, options.new = str(folder / "prior.txt"), str(folder / "new.txt")
-    elif not (options.model and options.prior and options.new):
-        parser.error("name --model, --prior and --new, or say --quick")
-    return options
+    return quick.parsed(parser, steps=40, length=quick.LENGTH)
 
 
 def main() -> None:
@@ -195,9 +187,8 @@ def main() -> None:
     # A typical position: the one with the median of the divergences without replay.
     divergences = forward_kl(logits[ARMS[0]][None], logits["before"][None], reduction="none")[0]
     position = int((divergences == divergences.median()).nonzero()[0])
-    context = " ".join(tokenizer.decode(row[0, : position + 1], skip_special_tokens=True).split())[-48:].partition(" ")[
-        2
-    ]
+    words = tokenizer.decode(row[0, : position + 1], skip_special_tokens=True).split()
+    context = " ".join(words)[-48:].partition(" ")[2]
     at_position = {name: values[position] for name, values in logits.items()}
 
     options.output.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import quick
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from quick import LENGTH, quick_folder
 
 from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
 
@@ -128,16 +128,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--coefficient", type=float, default=10.0, help="what the replay loss is multiplied by")
     parser.add_argument("--source", choices=["reference", "live"], default="reference", help="whose samples to replay")
     parser.add_argument("--prior-share", type=float, default=0.0, help="share of replay rows that are real prior text")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and texts, no download")
-    options = parser.parse_args()
-    if options.quick:
-        folder = quick_folder()
-        options.model, options.prior, options.new = (str(folder / name) for name in ("model", "prior.txt", "new.txt"))
-        options.prior_separator, options.sequence_length = "\n", LENGTH
-        options.steps, options.every, options.learning_rate = 60, 20, 3e-3
-    elif not (options.model and options.prior and options.new):
-        parser.error("name --model, --prior and --new, or say --quick")
-    return options
+    return quick.parsed(
+        parser, prior_separator="\n", sequence_length=quick.LENGTH, steps=60, every=20, learning_rate=3e-3
+    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,15 +39,19 @@ def arguments(description: str | None, kind: str = "txt") -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--replay-fraction", type=float, default=0.2, help="share of replay rows; 0 for none")
+    options = parsed(parser, kind, steps=60, length=LENGTH, learning_rate=3e-3)
+    L.seed_everything(0, verbose=False)
+    return options
+
+
+def parsed(parser: argparse.ArgumentParser, kind: str = "txt", **quick: Any) -> argparse.Namespace:
+    """What the command line says; with ``--quick`` the tiny model, its texts and these settings."""
     parser.add_argument("--quick", action="store_true", help="a tiny model and texts, no download")
     options = parser.parse_args()
-    L.seed_everything(0, verbose=False)
     if options.quick:
         folder = quick_folder()
-        options.steps, options.length, options.learning_rate = 60, LENGTH, 3e-3
-        options.model = str(folder / "model")
-        for name in ("prior", "new", "third"):
-            setattr(options, name, str(folder / f"{name}.{kind}"))
+        texts = {name: str(folder / f"{name}.{kind}") for name in ("prior", "new", "third")}
+        vars(options).update(quick, model=str(folder / "model"), **texts)
     elif not (options.model and options.prior and options.new):
         parser.error("name --model, --prior and --new, or say --quick")
     return options
@@ -60,6 +65,7 @@ def quick_folder() -> Path:
     if folder.is_dir():
         return folder
     made = Path(tempfile.mkdtemp(dir=folder.parent))
+    L.seed_everything(0, verbose=False)  # the same model, whichever script makes it
     for name, step in {"prior": 1, "new": -1, "third": 2}.items():
         counts = [[NUMBERS[(start + step * i) % 12] for i in range(20)] for start in range(600)]
         (made / f"{name}.txt").write_text("\n".join(" ".join(words) for words in counts))

@@ -96,7 +96,8 @@ class _TaskAccuracy(Callback):
         self.progress = progress
         self.label = label
         self.first_step = run.ends[-1] if run.ends else 0
-        self.problems = _held_out_problems()
+        held_out = torch.Generator().manual_seed(2**31)
+        self.problems = {task: problems(task, HELD_OUT, held_out) for task in TASKS}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,11 +205,6 @@ def learn_sequence(
     return runs
 
 
-def _held_out_problems() -> dict[str, torch.Tensor]:
-    held_out = torch.Generator().manual_seed(2**31)
-    return {task: problems(task, HELD_OUT, held_out) for task in TASKS}
-
-
 def _small_transformer() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -251,11 +247,12 @@ def _learn(
     learned = len(run.ends)
     first = not learned
     label = f"{arm.replace('_', ' '):<14} {learned + 1}/{len(TASKS)} {task:<8}"
-    callbacks: list[Callback] = [_TaskAccuracy(run, progress, label, until=LEARNED if first else None)]
+    accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
+    callbacks: list[Callback] = [accuracy]
     if replay is not None:
         callbacks.append(replay)
     if logs is not None:
-        earlier = list(_held_out_problems().items())[:learned]
+        earlier = list(accuracy.problems.items())[:learned]
         prior = {name: [{"input_ids": rows, "labels": rows}] for name, rows in earlier}
         callbacks.append(ForgettingMonitor(prior, MEASURE_EVERY))
     loader = problems_loader(task, BATCH_SIZE, seed)
