@@ -32,7 +32,7 @@ from lightning_replay import (
     TextDataModule,
     forward_kl,
 )
-from lightning_replay.pictures import STEPS, STYLE, Look
+from lightning_replay.report.plots import STEPS, STYLE, Look
 
 ARMS = ("without replay", "with replay")
 LOOKS = dict(zip(ARMS, map(Look.of, (0, 1)), strict=True))

@@ -19,8 +19,8 @@ from statistics import mean
 
 from rich.console import Console
 
-from lightning_replay.demo import FIRST_TASK_STEPS, MEASURE_EVERY, STEPS, learn_sequence, replay_of
-from lightning_replay.toy import TASKS, VOCABULARY
+from lightning_replay.demo.run import FIRST_TASK_STEPS, MEASURE_EVERY, STEPS, learn_sequence, replay_of
+from lightning_replay.demo.toy_tasks import TASKS, VOCABULARY
 
 ARMS = {
     "none": None,

@@ -1,12 +1,14 @@
 """Finetune language models in PyTorch Lightning without forgetting: self-generated replay as a callback."""
 
-from lightning_replay.buffer import ReplayBuffer, ReplayRows
-from lightning_replay.causal_lm import CausalLM
-from lightning_replay.chat import ChatDataModule
-from lightning_replay.datamodule import ReplayDataModule
-from lightning_replay.forgetting import ForgettingMonitor
-from lightning_replay.generate import RowOptions, generate_rows
-from lightning_replay.language_model import LanguageModel
+from lightning_replay.__about__ import __version__
+from lightning_replay.buffers.buffer import ReplayBuffer
+from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.buffers.shards import ReplayShards
+from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
+from lightning_replay.data.chat import ChatDataModule
+from lightning_replay.data.replay import ReplayDataModule
+from lightning_replay.data.text import TextDataModule
 from lightning_replay.losses import (
     divergence_from_top_k,
     forward_kl,
@@ -26,12 +28,10 @@ from lightning_replay.metrics import (
     forward_transfer,
     intransigence,
 )
-from lightning_replay.replay import SelfGeneratedReplay
-from lightning_replay.sampling import sample_rows
-from lightning_replay.shards import ReplayShards
-from lightning_replay.text import TextDataModule
-
-__version__ = "0.1.0"
+from lightning_replay.models.causal_lm import CausalLM
+from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.sampling.draw import sample_rows
+from lightning_replay.sampling.generate import RowOptions, generate_rows
 
 __all__ = [
     "CausalLM",

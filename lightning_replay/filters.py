@@ -9,21 +9,16 @@ Note:
     moves the samples away from the model's own distribution.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_replay.quality import ngrams, repetition
-from lightning_replay.sampling import Samples
+from lightning_replay.sampling.samples import Filter, Samples
+from lightning_replay.sampling.statistics import ngrams, repetition
 
-__all__ = ["Duplicates", "Filter", "Length", "NgramOverlap", "Perplexity", "Repetition", "filter_name"]
-
-# The second is for jsonargparse, to which the first is a maker of tensors: with it, a config names a filter's class.
-Filter = Callable[[Samples], Tensor] | Callable[[Samples], Any]
+__all__ = ["Duplicates", "Filter", "Length", "NgramOverlap", "Perplexity", "Repetition"]
 
 
 @dataclass(frozen=True)
@@ -127,12 +122,6 @@ class Perplexity:
             )
         surprise = -samples.log_probs.double().sum(1) / samples.drawn.sum(1).clamp(min=1)
         return (surprise.exp() >= self.least) & (surprise.exp() <= self.most)
-
-
-def filter_name(filter_: Filter) -> str:
-    """What a filter's count is logged under: the name of its function or class, in lower case with underscores."""
-    name = getattr(filter_, "__name__", type(filter_).__name__)
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_<>")
 
 
 def _first_of(kinds: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_replay.arguments import are_ids, described
 from lightning_replay.losses import forward_kl
+from lightning_replay.utilities.validation import are_ids, described
 
 __all__ = [
     "KLDrift",

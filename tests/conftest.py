@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCABULARY = 32
+from tests.helpers.modules import VOCABULARY
+
 # The tests' models are tiny and the tests run side by side: more threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,3 +49,9 @@ def real_data() -> Path:
     if not (folder / "tinystories-656k").is_dir():
         pytest.skip(f"needs a pretrained model and text in {folder}; LIGHTNING_REPLAY_DATA names another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model is kept from one script to the next."""
+    return tmp_path_factory.mktemp("examples")

@@ -34,10 +34,10 @@ from lightning_replay import (
     TokenAccuracy,
     TokenLoss,
 )
-from lightning_replay.batches import join_rows, rows_of
-from lightning_replay.sampling import Samples
-from tests.conftest import VOCABULARY
-from tests.modules import (
+from lightning_replay.data.batches import join_rows, rows_of
+from lightning_replay.sampling.samples import Samples
+from tests.helpers.modules import (
+    VOCABULARY,
     HandWritten,
     PairModule,
     PlainDescent,

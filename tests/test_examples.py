@@ -1,11 +1,8 @@
 """The scripts in examples/, each as a process of its own, on a tiny model."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -13,34 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_replay.cli import main
-from lightning_replay.toy import TASKS
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="session")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny model is kept from one script to the next."""
-    return tmp_path_factory.mktemp("examples")
-
-
-def printed(script: str, scratch: Path, folder: Path, *options: str) -> str:
-    environment = os.environ | {
-        "TMPDIR": str(scratch),
-        "PYTHONPATH": str(EXAMPLES.parent),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, "--quick", *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+from lightning_replay.cli.main import main
+from lightning_replay.demo.toy_tasks import TASKS
+from tests.helpers.scripts import EXAMPLES, printed
 
 
 def figure(name: str, said: str) -> float:
@@ -196,6 +168,6 @@ def test_the_speed_of_generating_is_measured_without_and_with_log_probabilities(
 
 
 def test_no_script_is_left_without_a_test() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     unnamed = {path.stem for path in EXAMPLES.rglob("*.py") if f'{path.name}"' not in tests}
     assert unnamed == {"quick", "arms", "experiments", "runs"}  # what the scripts share

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from lightning_replay.filters import Duplicates, Length, NgramOverlap, Perplexity, Repetition, filter_name
-from lightning_replay.sampling import Samples
+from lightning_replay.filters import Duplicates, Length, NgramOverlap, Perplexity, Repetition
+from lightning_replay.sampling.samples import Samples
+from lightning_replay.utilities.logging import filter_name
 
 
 def samples(*rows: list[int], log_probs: torch.Tensor | None = None) -> Samples:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lightning_replay import CausalLM, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay, sample_rows
-from lightning_replay.language_model import evaluating, find_language_model
+from lightning_replay.models.language_model import evaluating, find_language_model
 
 LENGTH = 128
 NEW_ROWS = 16

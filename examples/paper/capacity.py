@@ -19,7 +19,7 @@ from experiments import Lab, Report, cell, main, plain_numbers, table
 from matplotlib.figure import Figure
 from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 COEFFICIENTS = (0.0, 0.3, 1.0, 3.0, 10.0)
 """Of the KL on the model's own samples; 0 is no replay."""

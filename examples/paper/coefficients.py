@@ -10,7 +10,7 @@ from experiments import Lab, Report, cell, main, plain_numbers
 from matplotlib.figure import Figure
 from runs import forgetting
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 FAMILIES = {"KL": KL_COEFFICIENTS, "next-token": NEXT_TOKEN_COEFFICIENTS}
 NAMES = [PLAIN, *(f"{loss} × {number:g}" for loss, numbers in FAMILIES.items() for number in numbers)]

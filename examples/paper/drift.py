@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from runs import Trajectory, forgetting
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 TEXTS = {"prior_kl": "prior text", "new_kl": "new text"}
 GROUPS = {"all runs": (False, True), "without replay": (False,), "with replay": (True,)}

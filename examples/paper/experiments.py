@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from runs import Finetuning, Point, Pretraining, Run, Text, Trajectory, prepare_worker
 
-from lightning_replay.files import atomic_write
-from lightning_replay.pictures import STYLE
+from lightning_replay.report.plots import STYLE
+from lightning_replay.utilities.io import atomic_write
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiments import Lab, Report, cell, main, plain_numbers, table
 from matplotlib.figure import Figure
 from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 FRACTIONS = (0.05, 0.1, 0.2)
 REPLAY = {"loss": "kl", "coefficient": 10.0}

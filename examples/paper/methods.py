@@ -11,7 +11,7 @@ from arms import PLAIN, average, comparison, difference, lines, removed, traject
 from experiments import Lab, Report, cell, count, main
 from matplotlib.figure import Figure
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 OWN, REAL = "KL × 10", "KL × 10, real rows"
 LOOKS = {

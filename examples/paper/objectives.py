@@ -13,7 +13,7 @@ from experiments import Lab, Report, count, main
 from matplotlib.figure import Figure
 from runs import forgetting
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 OBJECTIVES = (
     PLAIN,

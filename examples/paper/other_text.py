@@ -7,7 +7,7 @@ from arms import PLAIN, average, comparison, lines, removed, trajectories
 from experiments import Lab, Report, cell, main
 from matplotlib.figure import Figure
 
-from lightning_replay.pictures import Look
+from lightning_replay.report.plots import Look
 
 LOSSES = ("KL × 10", "next-token × 1")
 TEXTS = {"": "its own samples", ", real rows": "prior text", ", other text": "other text"}

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
-from lightning_replay.demo import learn_sequence, quiet_lightning, replay_of
+from lightning_replay.demo.run import learn_sequence, quiet_lightning, replay_of
 
 
 @dataclass(frozen=True)

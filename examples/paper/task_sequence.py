@@ -12,8 +12,8 @@ from experiments import Lab, Report, cell, count, main, table
 from matplotlib.figure import Figure
 from runs import TaskSequence
 
-from lightning_replay.pictures import Look
-from lightning_replay.toy import TASKS
+from lightning_replay.demo.toy_tasks import TASKS
+from lightning_replay.report.plots import Look
 
 ARMS = {"without_replay": "no replay", "with_replay": "self-generated replay"}
 

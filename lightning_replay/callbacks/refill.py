@@ -1,0 +1,317 @@
+"""Keeping the replay buffer supplied: when its rows are used up, new ones are sampled, at once or ahead of time."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_replay.buffers.buffer import ReplayBuffer
+from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.data.batches import row_length
+from lightning_replay.data.replay import ReplayDataModule
+from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.references.cached import cache_reference
+from lightning_replay.references.models import FrozenCopy, ReferenceModel
+from lightning_replay.sampling.rows import RowGenerator
+from lightning_replay.utilities.distributed import LostProcessError
+from lightning_replay.utilities.logging import log_samples, log_values, next_step
+from lightning_replay.utilities.progress import refill_bar
+from lightning_replay.utilities.seeds import order_seed
+
+__all__ = ["Refiller", "Supply"]
+
+_REFILL_ROWS = 256
+"""Rows of a refill, where the user leaves it to us."""
+_CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
+"""Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
+_FAILURES = 3
+"""How many refills in a row may fail before the run does."""
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Where the rows of a fit come from and go to.
+
+    Attributes:
+        trainer: The Trainer.
+        model: The model that trains.
+        data: The datamodule, which holds the buffer.
+        source: The model to sample.
+        tokenizer: What turns samples into text; None where there is none.
+        seed: Seed of all samples and of the order in which they are drawn.
+        lasting: Whether the source is gone as soon as the model trains, so that the rows of one refill have to last.
+        resumed: Whether the fit goes on from a checkpoint, or from an earlier fit's reference.
+    """
+
+    trainer: pl.Trainer
+    model: LanguageModel
+    data: ReplayDataModule
+    source: ReferenceModel
+    tokenizer: Any
+    seed: int
+    lasting: bool
+    resumed: str | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A refill that is ready: rows, measures of their samples, the generator after it and the time it took."""
+
+    rows: ReplayRows
+    quality: dict[str, float]
+    generator: RowGenerator
+    seconds: float
+
+
+class Refiller:
+    """Samples rows when the buffer needs them.
+
+    A refill reaches the buffer whole or not at all. Where one fails, the rows of the one before are used again, a
+    warning says why, and the next one is tried when they are used up; after three failures in a row the run ends.
+
+    Args:
+        generator: What makes rows.
+        rows: Rows to sample at a time; ``"auto"``: up to 256, in even parts of what the run uses, or all of it where
+            rows have to last.
+        length: Tokens in a row; by default those of a row of the first batch.
+        uses: How often each row is used.
+        top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
+        temperature: That of the kept log-probabilities.
+        background: Whether to sample the next refill in a thread while the model trains.
+        previews: How many rows of each refill to log as text.
+    """
+
+    def __init__(
+        self,
+        generator: RowGenerator,
+        rows: int | Literal["auto"],
+        length: int | None,
+        uses: int,
+        top_k: int,
+        temperature: float,
+        background: bool,
+        previews: int,
+    ) -> None:
+        self.generator = generator
+        self.rows = rows
+        self.length = length
+        self.uses = uses
+        self.top_k = top_k
+        self.temperature = temperature
+        self.background = background
+        self.previews = previews
+        self._own_buffer: ReplayBuffer | None = None
+        self._failures = 0
+        self._worker: ThreadPoolExecutor | None = None
+        self._ahead: Future[_Made] | None = None
+        self._stop = Event()
+
+    def begin(self, supply: Supply) -> None:
+        """Fill the buffer of a datamodule from now on.
+
+        Raises:
+            MisconfigurationException: If rows are to be made in the background and can't be.
+        """
+        self._failures = 0
+        if self.background and supply.data.processes.size > 1:
+            raise MisconfigurationException(
+                "`background=True` samples in a thread, and several processes, "
+                f"{supply.data.processes.size} here, have to meet to share what they sampled. Leave it out: each "
+                "samples only its part."
+            )
+        if self.background and not (type(supply.source) is FrozenCopy and self.generator.sampler is None):
+            raise MisconfigurationException(
+                "`background=True` samples a frozen copy of the model in a thread of its own. It goes with "
+                "`source='reference'`, `reference='copy'` and no `sampler`: another source changes while the model "
+                "trains, and a sampler of your own may draw from the global random state. Leave it out."
+            )
+        supply.data.refill = functools.partial(self._refill, supply)
+
+    def end(self) -> None:
+        """Give up what is under way; no row of it has reached the buffer."""
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
+        self._worker = self._ahead = None
+        self._stop = Event()
+
+    def forget(self, data: ReplayDataModule) -> None:
+        """Begin with an empty buffer, unless it is the user's own."""
+        if data.buffer is self._own_buffer:
+            data.buffer = None
+
+    def _refill(self, supply: Supply, batch: Any) -> None:
+        """Put new rows in the place of the used ones."""
+        data, trainer = supply.data, supply.trainer
+        if data.buffer is None:
+            data.buffer = self._own_buffer = self._new_buffer(supply, batch)
+        buffer = data.buffer
+        rows = min(buffer.capacity, self._rows(supply, batch))
+        if supply.lasting and supply.resumed is not None:
+            raise MisconfigurationException(
+                "`reference='cached'` samples all rows before the first step, and the model that they come from is "
+                f"gone: {supply.resumed} has trained it. Resume from a full checkpoint, keep the datamodule of the "
+                "first fit, or use another reference."
+            )
+        first = not self.generator.rows
+        try:
+            made = self._next(supply, rows, buffer)
+        except Exception as error:
+            self._keep_old_rows(buffer, trainer.global_step, error)
+            return
+        self._failures = 0
+        # Interrupted between the two, a run that goes on skips this refill's samples; it never draws them twice.
+        self.generator = made.generator
+        buffer.add(made.rows, step=trainer.global_step)
+        if self.background:
+            self._ahead = self._begin_ahead(supply, rows, buffer)
+        if first:
+            speed = made.rows.tokens.numel() / made.seconds
+            rank_zero_info(
+                f"Replay: sampled {len(made.rows.tokens)} rows of {buffer.length} tokens in {made.seconds:.1f} s "
+                f"({speed:,.0f} tokens/s{self._how(supply.model)})."
+            )
+        self._log(supply, made)
+
+    def _next(self, supply: Supply, rows: int, buffer: ReplayBuffer) -> _Made:
+        """The next refill, which may have been made ahead; what is waited for counts as time spent."""
+        if self._ahead is None and self.background and len(buffer):
+            # After a resume or a failure: made as it would have been ahead, on one thread, to the last bit.
+            self._ahead = self._begin_ahead(supply, rows, buffer)
+        if self._ahead is not None:
+            started, ahead = time.perf_counter(), self._ahead
+            self._ahead = None
+            made = ahead.result()
+            made.generator.seconds = self.generator.seconds + time.perf_counter() - started
+            return made
+        processes = supply.data.processes
+        tokens = rows * buffer.length // (1 if processes.lockstep else processes.size)
+        with isolate_rng(), refill_bar(supply.trainer, tokens) as advance:
+            made = self._make(supply, self.generator.fork(), rows, buffer, advance)
+        made.generator.seconds += made.seconds
+        return made
+
+    def _begin_ahead(self, supply: Supply, rows: int, buffer: ReplayBuffer) -> "Future[_Made]":
+        """Let the worker make the next refill, on one thread, so that training keeps the others."""
+        threads, stop, generator = torch.get_num_threads(), self._stop, self.generator.fork()
+
+        def advance(tokens: int) -> None:
+            if stop.is_set():
+                raise CancelledError("The fit ended while rows were made ahead.")
+
+        def make() -> _Made:
+            torch.set_num_threads(1)
+            try:
+                return self._make(supply, generator, rows, buffer, advance)
+            finally:
+                torch.set_num_threads(threads)
+
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="replay-refill")
+        return self._worker.submit(make)
+
+    def _make(
+        self,
+        supply: Supply,
+        generator: RowGenerator,
+        rows: int,
+        buffer: ReplayBuffer,
+        advance: Callable[[int], Any],
+    ) -> _Made:
+        started, processes = time.perf_counter(), supply.data.processes
+        with supply.source.active() as active:
+            made, quality = generator.generate(active, rows, buffer.length, supply.seed, advance, processes)
+            if buffer.top_k:  # each process by itself: one forward a row costs less than to send what it says
+                cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
+                made = processes.together(cache)
+        return _Made(made, quality, generator, time.perf_counter() - started)
+
+    def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
+        """Go on with the rows that are there, where there are any and not too many refills have failed."""
+        self._failures += 1
+        hopeless = isinstance(error, (MemoryError, MisconfigurationException, LostProcessError))
+        if hopeless or not len(buffer) or self._failures == _FAILURES:
+            rank_zero_warn(
+                f"Replay: the refill at step {step} failed (failures in a row: {self._failures}), and the run ends."
+            )
+            raise error
+        buffer.renew()
+        rank_zero_warn(
+            f"Replay: the refill at step {step} failed with {type(error).__name__}: {error} The {len(buffer)} rows of "
+            f"the one before are used again, then it is tried anew ({self._failures} of {_FAILURES} failures in a row, "
+            "after which the run ends)."
+        )
+
+    def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
+        length = self.length or max(length for (length,) in supply.data.processes.numbers(row_length(batch)))
+        self.generator.check_length(length, supply.model)
+        top_k = min(self.top_k, supply.model.vocabulary)
+        rows = self._rows(supply, batch)
+        if supply.lasting and self.rows == "auto":
+            rows = max(1, min(rows, _CACHED_BYTES // (length * (4 + 6 * top_k))))
+        return ReplayBuffer(rows, length, seed=order_seed(supply.seed), top_k=top_k)
+
+    def _rows(self, supply: Supply, batch: Any) -> int:
+        """How many rows to sample at a time."""
+        if supply.lasting and supply.data.buffer is not None:
+            return supply.data.buffer.capacity
+        if self.rows != "auto":
+            return self.rows
+        used = _rows_of_the_run(supply.trainer, supply.data, batch)
+        if supply.lasting:
+            return used or _CACHED_ROWS
+        if used is None:
+            return _REFILL_ROWS
+        # In even parts, so that the last refill is not sampled for a few steps alone.
+        needed = math.ceil(used / self.uses)
+        return math.ceil(needed / math.ceil(needed / _REFILL_ROWS))
+
+    def _how(self, model: LanguageModel) -> str:
+        if model.has_cache or self.generator.sampler is not None:
+            return ""
+        return (
+            f"; {type(model.module).__name__} keeps nothing between calls, so each token takes a forward of the whole "
+            "row before it"
+        )
+
+    def _log(self, supply: Supply, made: _Made) -> None:
+        trainer, tokenizer = supply.trainer, supply.tokenizer
+        step = next_step(trainer)
+        log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
+        rows = made.rows.take(torch.arange(min(self.previews, len(made.rows.tokens))))
+        samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
+        log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
+
+
+def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
+    """How many replay rows the whole fit will draw, in all processes, where its length is known."""
+    batches = float(trainer.num_training_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
+    total = min(batches * epochs, steps)
+    share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
+    if math.isinf(total):
+        return None
+    counts = data.processes.numbers(math.ceil(total), data.count(batch))
+    new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
+    return max(1, math.ceil(round(new_rows * share, 6)))
+
+
+def _text(sample: list[int], tokenizer: Any) -> Any:
+    """A sample as text, or as its ids where there is no tokenizer."""
+    if tokenizer is None:
+        return str(sample)
+    try:
+        return tokenizer.decode(sample)
+    except AttributeError:  # LitGPT's takes a tensor
+        return tokenizer.decode(torch.tensor(sample))

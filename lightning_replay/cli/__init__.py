@@ -1,0 +1,5 @@
+"""The `lightning-replay` command."""
+
+from lightning_replay.cli.main import main
+
+__all__ = ["main"]

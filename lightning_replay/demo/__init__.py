@@ -1,0 +1,1 @@
+"""The demo: a small transformer learns a sequence of tasks, without and with replay."""

@@ -1,0 +1,1 @@
+"""Finding the causal language model in a LightningModule and asking it; a LightningModule for those who have none."""

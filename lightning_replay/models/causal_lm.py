@@ -1,0 +1,214 @@
+"""A ready LightningModule around any Hugging Face causal language model."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typing_extensions import override
+
+from lightning_replay.models.language_model import is_adapted
+from lightning_replay.utilities.distributed import is_sharded
+from lightning_replay.utilities.validation import check_choice, is_number, is_whole
+
+__all__ = ["CausalLM"]
+
+Schedule = Literal["cosine", "constant"]
+
+
+class CausalLM(pl.LightningModule):
+    """Finetunes a causal language model with AdamW, a linear warm-up and a cosine or constant learning rate.
+
+    For those who have no module of their own yet; nothing in this package needs it. Batches are mappings of
+    what the model's ``forward`` takes, ``labels`` among them, as ``TextDataModule`` and
+    ``ChatDataModule`` give. Logs ``train/loss``, ``val/loss`` and ``test/loss``, in nats a
+    token, and predicts the loss of each row.
+
+    Args:
+        model: A name on the Hugging Face hub, a local folder, or a model that is already there.
+        learning_rate: Peak learning rate.
+        betas: AdamW's decay rates of the running averages of the gradient and its square.
+        weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
+        warmup_steps: Optimizer steps in which the learning rate rises from zero.
+        schedule: ``"cosine"`` falls to zero at the end of training, ``"constant"`` stays.
+        adapter: Puts a PEFT adapter on the model and trains that alone: its settings as PEFT's configurations have
+            them, with ``peft_type``, as in ``{"peft_type": "LORA", "r": 8}``. It needs the extra ``peft``. A model that
+            is already there may be a PEFT model of yours instead.
+        save_to: A folder in which the model is saved at the end of the fit, in the way ``from_pretrained`` reads, with
+            an adapter merged into it and with the datamodule's ``tokenizer``: the next task of a sequence begins there.
+        trust_remote_code: Whether a model's folder or hub repository may bring code of its own, which is then executed.
+            Without, such a model is refused.
+
+    Raises:
+        TypeError: If ``model`` is something else; in training, if a batch is not a mapping with ``labels``.
+        ValueError: If a number is out of its range, ``schedule`` is unknown, the model needs code of its own, or
+            ``adapter`` is nothing that PEFT knows.
+        ModuleNotFoundError: If ``adapter`` is given and PEFT is not installed.
+        MisconfigurationException: If ``save_to`` is given and the strategy shards the weights.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> module = CausalLM(LlamaForCausalLM(config), learning_rate=1e-3, schedule="constant")
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        learning_rate: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.02,
+        warmup_steps: int = 0,
+        schedule: Schedule = "cosine",
+        adapter: dict[str, Any] | None = None,
+        save_to: str | Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is at least 0 and finite; got {value!r}.")
+        if not is_whole(warmup_steps, 0):
+            raise ValueError(f"`warmup_steps` is a number of optimizer steps, at least 0; got {warmup_steps!r}.")
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"`betas` is two decay rates from 0 to below 1; got {betas!r}.")
+        if not isinstance(model, (str, Path, torch.nn.Module)):
+            raise TypeError(f"`model` is a name on the hub, a local folder or a model; got {type(model).__name__}.")
+        check_choice("schedule", schedule, Schedule)
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule: Schedule = schedule
+        self.save_to = None if save_to is None else Path(save_to)
+        given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+        self.save_hyperparameters({"model": given})
+        self.save_hyperparameters("learning_rate", "betas", "weight_decay", "warmup_steps", "schedule", "adapter")
+        # In 32-bit floats, whatever the weights were saved in: lower precision is the Trainer's choice to make.
+        if isinstance(model, (str, Path)):
+            model = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        if adapter is not None:
+            model = _adapted(model, adapter)
+        if save_to is not None and not hasattr(model, "save_pretrained"):
+            raise TypeError(f"`save_to` saves models of transformers and PEFT; got {type(model).__name__}.")
+        self.model: torch.nn.Module = model.train()  # `from_pretrained` leaves it in evaluation mode
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @override
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
+
+    @override
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.log("test/loss", self._loss(batch), sync_dist=True)
+
+    @override
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of each row, in nats a token, shape ``(rows,)``; NaN for a row without a label."""
+        logits = self(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        return losses.sum(1) / (labels != -100).sum(1)
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.save_to is not None and is_sharded(self.trainer):
+            raise MisconfigurationException(
+                "`save_to` saves a whole model, but the strategy keeps a part of the weights in each process. Leave it "
+                "out and export the model from a checkpoint."
+            )
+
+    @override
+    def on_fit_end(self) -> None:
+        if self.save_to is None or not self.trainer.is_global_zero:
+            return
+        model: Any = self.model
+        if is_adapted(model):  # of a copy, so that the module is left as it was trained
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(self.save_to)
+        tokenizer: Any = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(self.save_to)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        scheduler = LambdaLR(optimizer, _Schedule(self.schedule, self.warmup_steps, self._total_steps()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            given = f"a mapping with keys {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise TypeError(
+                f"CausalLM trains on mappings of what its model takes, `labels` among them; got {given}. Collate "
+                "batches as TextDataModule does, or write a LightningModule of your own."
+            )
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def _total_steps(self) -> int:
+        # The Trainer's estimate builds the dataloaders to count them, which loses their state on resume
+        # (Lightning #20550), so it is asked only where the length of training isn't given.
+        if self.schedule == "constant":
+            return 0
+        return self.trainer.max_steps if self.trainer.max_steps > 0 else int(self.trainer.estimated_stepping_batches)
+
+
+def _adapted(model: Any, settings: dict[str, Any]) -> Any:
+    """A model with a fresh PEFT adapter on it."""
+    try:
+        from peft import get_peft_config, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`adapter` needs PEFT, which is not installed: pip install 'lightning-replay[peft]'"
+        ) from error
+    try:
+        return get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM"} | settings))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`adapter` is the settings of a PEFT adapter, `peft_type` among them, as in {'peft_type': 'LORA', 'r': 8}; "
+            f"got {settings!r}, of which PEFT says {type(error).__name__}: {error}."
+        ) from error
+
+
+class _Schedule:
+    """Share of the peak learning rate at a step."""
+
+    def __init__(self, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,25 @@
+"""Log-probabilities of a reference, kept beside the rows."""
+
+import torch
+
+from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.losses import top_k_log_probs
+from lightning_replay.models.language_model import LanguageModel
+
+__all__ = ["cache_reference"]
+
+
+def cache_reference(
+    model: LanguageModel, rows: ReplayRows, k: int, temperature: float, batch_size: int = 64
+) -> ReplayRows:
+    """The same rows with the model's likeliest next tokens and their log-probabilities, one forward for each row.
+
+    Not taken while decoding: rows are cut and packed afterwards, and a row's own context is what training sees.
+    """
+    ids, log_probs = [], []
+    for some in torch.arange(len(rows.tokens)).split(batch_size):  # type: ignore[no-untyped-call]
+        logits = model.logits(rows.tokens[some, :-1].to(model.device))
+        top_ids, top_log_probs = top_k_log_probs(logits, min(k, model.vocabulary), temperature)
+        ids.append(top_ids.cpu())
+        log_probs.append(top_log_probs.cpu().half())
+    return rows._replace(top_ids=torch.cat(ids), top_log_probs=torch.cat(log_probs))

@@ -1,0 +1,144 @@
+"""The reference's weights in a file of their own, beside the checkpoints that name it."""
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load, save
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_replay.utilities.io import atomic_write
+
+__all__ = ["ReferenceFile", "SavesReferenceBeside", "read_reference"]
+
+
+class ReferenceFile(NamedTuple):
+    """What a checkpoint says of the file: it is found in the checkpoint's own folder, wherever that has moved.
+
+    Attributes:
+        file: Its name, which holds the beginning of the hash, so that runs that share a folder don't share a file.
+        sha256: The hash of its bytes.
+        size: How many those are.
+    """
+
+    file: str
+    sha256: str
+    size: int
+
+
+class SavesReferenceBeside(CheckpointIO):
+    """Takes a reference out of each checkpoint on its way to a folder, and writes it there once.
+
+    Only here is the path of a checkpoint known: `on_save_checkpoint` is not told it, and `trainer.save_checkpoint` may
+    be given any. It runs on rank 0 alone, as all writing of checkpoints does. Where something else has taken its place,
+    the reference stays inside the checkpoint, which can be read as well.
+
+    Args:
+        wrapped: What reads and writes checkpoints.
+        key: Where in a checkpoint the reference's weights are.
+    """
+
+    def __init__(self, wrapped: CheckpointIO, key: str) -> None:
+        self.wrapped = wrapped
+        self.key = key
+        self._known: tuple[Mapping[str, Tensor], ReferenceFile] | None = None
+
+    def forget(self) -> None:
+        """Let go of the weights that were saved last: there will be others."""
+        self._known = None
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        weights = checkpoint.get(self.key)
+        if weights:
+            # The reference first: no checkpoint names a file that is not there.
+            checkpoint = checkpoint | {self.key: self._write(weights, _folder(path))._asdict()}
+        self.wrapped.save_checkpoint(checkpoint, path, storage_options)
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.wrapped.load_checkpoint(path, *args, **kwargs)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self.wrapped.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self.wrapped.teardown()
+
+    def _write(self, weights: Mapping[str, Tensor], folder: str) -> ReferenceFile:
+        """Write the weights, unless the folder has them already."""
+        if self._known is not None and _same(self._known[0], weights):
+            named = self._known[1]
+            if _size(folder, named.file) == named.size:
+                return named
+        # Tied weights share memory, which the format refuses.
+        content = save({name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        named = ReferenceFile(f"reference-{digest[:16]}.safetensors", digest, len(content))
+        if _size(folder, named.file) != named.size:
+            _write_whole(content, folder, named.file)
+        self._known = weights, named
+        return named
+
+
+def read_reference(named: Mapping[str, Any], checkpoint: Any) -> dict[str, Tensor]:
+    """The weights in the file that a checkpoint names.
+
+    Args:
+        named: What the checkpoint says of the file.
+        checkpoint: The checkpoint's path.
+
+    Raises:
+        MisconfigurationException: If the file is not there, or is another one than was saved.
+    """
+    path = posixpath.join(_folder(checkpoint), named["file"])
+    try:
+        content: bytes = url_to_fs(path)[0].cat_file(path)
+    except FileNotFoundError as error:
+        raise MisconfigurationException(
+            f"{checkpoint} names the reference model in {named['file']}, but there is no such file in its folder. It "
+            "was written beside the checkpoint: copy it there from where the checkpoint comes from. With "
+            "`reference_checkpoint='inside'` a checkpoint needs no other file."
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != named["sha256"]:
+        raise MisconfigurationException(
+            f"{path} is not the reference model that {checkpoint} was saved with: it has {len(content)} bytes with the "
+            f"SHA-256 {digest}, and {named['size']} bytes with {named['sha256']} are expected. Copy the file again "
+            "from where the checkpoint comes from."
+        )
+    return load(content)
+
+
+def _folder(checkpoint: Any) -> str:
+    return os.path.dirname(str(checkpoint)) or "."
+
+
+def _size(folder: str, name: str) -> int | None:
+    filesystem, path = url_to_fs(posixpath.join(folder, name))
+    return int(filesystem.size(path)) if filesystem.exists(path) else None
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states are of the same memory, in which a frozen copy's weights never change."""
+    return one.keys() == other.keys() and all(one[name].data_ptr() == other[name].data_ptr() for name in one)
+
+
+def _write_whole(content: bytes, folder: str, name: str) -> None:
+    """Write a file whole or not at all: what stood there before stays until the new one is complete."""
+    filesystem, path = url_to_fs(posixpath.join(folder, name))
+    filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, content)  # an object store shows an object when all of it has arrived
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)

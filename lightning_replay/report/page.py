@@ -1,0 +1,289 @@
+"""The report: one page and its pictures, of what runs with the callbacks have logged."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import isnan
+from pathlib import Path
+
+import numpy as np
+
+from lightning_replay.__about__ import __version__
+from lightning_replay.report.plots import Curve, Look, Pictures
+from lightning_replay.report.run_logs import MONITOR_SECONDS, NothingToReportError, RunLog, read_runs
+
+try:
+    import jinja2
+    from markupsafe import Markup, escape
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"The report is made with {error.name}, which is not installed: pip install 'lightning-replay[report]'"
+    ) from error
+
+__all__ = ["against_new_task", "report"]
+
+NEW_LOSSES = ("val/loss", "val_loss", "train/loss", "train_loss")
+"""Keys of the new task's loss, the best first."""
+SECONDS = {
+    "replay/sampling_seconds": "sampling",
+    "replay/loss_seconds": "replay loss",
+    MONITOR_SECONDS: "monitoring",
+}
+QUALITY = {
+    "distinct_1": "Distinct tokens",
+    "distinct_2": "Distinct pairs of tokens",
+    "repetition": "Repeated 4-grams",
+    "log_prob": "Log-probability, nats a token",
+    "ended": "Samples with the end token",
+    "length": "Tokens in a sample",
+}
+"""Titles of the pictures of ``replay/quality/``."""
+
+
+@dataclass
+class _Section:
+    """A part of the page.
+
+    Attributes:
+        title: Its heading.
+        text: What the pictures show and how to read them.
+        pictures: As SVG to stand in the page.
+        runs: Names of the runs in the pictures.
+        missing: What could not be drawn, and why.
+        small: Whether the pictures are small ones.
+    """
+
+    title: str
+    text: str
+    pictures: list[Markup] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    small: bool = False
+
+    def add(self, picture: Markup, runs: Iterable[str]) -> None:
+        """Add a picture of some runs."""
+        self.pictures.append(picture)
+        self.runs += [run for run in runs if run not in self.runs]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of each run; ``best`` is which of them to print in bold."""
+
+    key: str
+    group: str
+    title: str
+    shown: str = ".3f"
+    best: Callable[[Iterable[float]], float] | None = min
+
+
+@dataclass(frozen=True)
+class _Cell:
+    value: float | None
+    text: str
+    best: bool
+
+
+def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -> list[Path]:
+    """Write ``report.html``, a page that needs no other file, and its pictures as PNG.
+
+    Args:
+        folders: Where the logs of runs are; see ``read_runs``.
+        output: Folder to write to; made where it is missing.
+        new_loss: Key of the new task's loss; by default the one of ``NEW_LOSSES`` that most runs have.
+
+    Returns:
+        What was written, the page first.
+
+    Raises:
+        NothingToReportError: If a folder is missing, no run made with the callbacks is found, or ``new_loss`` is
+            in no log.
+        ModuleNotFoundError: If there are TensorBoard logs and ``tensorboard`` is not installed.
+    """
+    runs, left_out = read_runs(folders)
+    new_loss = _new_loss(runs, new_loss)
+    sets = sorted({name for run in runs for name in run.prior_sets})
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = Pictures(output, {run.name: Look.of(index) for index, run in enumerate(runs)})
+    sections = [_forgetting(runs, sets, new_loss, pictures), _time(runs, pictures), _quality(runs, pictures)]
+    notes = [note for run in runs for note in run.notes]
+    if left_out:
+        notes.append(f"Left out, as they logged nothing of the callbacks: {', '.join(left_out)}.")
+    columns = _columns(runs, sets, new_loss)
+    page = _template().render(
+        version=__version__,
+        runs=runs,
+        looks=pictures.looks,
+        groups=[(group, list(members)) for group, members in groupby(columns, lambda column: column.group)],
+        rows=_rows(runs, columns),
+        sections=sections,
+        samples={run.name: _first_and_last(run.samples) for run in runs if run.samples},
+        notes=notes,
+    )
+    path = output / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return [path, *pictures.written]
+
+
+def _new_loss(runs: Sequence[RunLog], wanted: str | None) -> str:
+    if wanted is None:
+        return max(NEW_LOSSES, key=lambda key: sum(key in run.values for run in runs))
+    if not any(wanted in run.values for run in runs):
+        losses = sorted({key for run in runs for key in run.values if "loss" in key and "prior_" not in key})
+        raise NothingToReportError(
+            f"No run has logged the new task's loss as {wanted!r}. Keys like it: {', '.join(losses) or 'none'}."
+        )
+    return wanted
+
+
+def _columns(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str) -> list[_Column]:
+    """The columns of the table for which any run has a figure."""
+    columns = [_Column(new_loss, "new task", new_loss)]
+    for name in sets:
+        columns += [
+            _Column(f"forgetting/{name}", name, "forgetting", "+.3f"),
+            _Column(f"prior_loss/{name}", name, "loss"),
+            _Column(f"prior_perplexity/{name}", name, "perplexity", ",.2f"),
+            _Column(f"prior_accuracy/{name}", name, "accuracy", ".1%", max),
+            _Column(f"prior_kl/{name}", name, "KL"),
+        ]
+    columns.append(_Column("replay/loss", "replay", "loss", best=None))
+    columns += [_Column(key, "seconds", title, ".1f") for key, title in SECONDS.items()]
+    return [column for column in columns if any(column.key in run.values for run in runs)]
+
+
+def _rows(runs: Sequence[RunLog], columns: Sequence[_Column]) -> list[list[_Cell]]:
+    """The last figures of each run; of two runs that show the same, neither is better."""
+    rows: list[list[_Cell]] = [[] for _ in runs]
+    for column in columns:
+        values = [run.last(column.key) for run in runs]
+        texts = ["–" if value is None else format(value, column.shown) for value in values]
+        shown = {text: value for text, value in zip(texts, values, strict=True) if value is not None}
+        ranked = [value for value in shown.values() if not isnan(value)]
+        best = column.best(ranked) if column.best is not None and len(shown) > 1 and ranked else None
+        for row, value, text in zip(rows, values, texts, strict=True):
+            row.append(_Cell(value, text, best is not None and shown.get(text) == best))
+    return rows
+
+
+def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pictures: Pictures) -> _Section:
+    section = _Section(
+        "Forgetting",
+        "Forgetting is the rise of the loss on a held-out prior set since fit start, in nats a token. Against the "
+        "new task's loss it shows the price of learning: of two runs, the lower one at the same new-task loss has "
+        "kept more. The large dot is a run's end.",
+    )
+    averaged = new_loss.startswith("train")
+    if averaged:
+        section.text += f" `{new_loss}` is of single batches; a dot is its mean between two measurements."
+    for name in sets:
+        forgetting, prior_loss = f"forgetting/{name}", f"prior_loss/{name}"
+        if curves := _curves(runs, forgetting):
+            drawn = pictures.lines(
+                f"forgetting-{name}", curves, f"Forgetting of {name}", y_label="nats a token", zero=True
+            )
+            section.add(drawn, curves)
+        both = [run for run in runs if prior_loss in run.values and new_loss in run.values]
+        pairs = {run.name: against_new_task(run, prior_loss, new_loss, averaged) for run in both}
+        if curves := {run: pair for run, pair in pairs.items() if pair[0]}:
+            drawn = pictures.lines(
+                f"new-task-{name}",
+                curves,
+                f"Loss on {name} against the new task's",
+                f"new-task loss ({new_loss})",
+                "prior loss",
+                ends=True,
+            )
+            section.add(drawn, curves)
+        section.missing += _missing(runs, forgetting)
+    if not sets:
+        section.missing += ["No run has logged `forgetting/<name>`, as a ForgettingMonitor does."]
+    section.missing += _missing(runs, new_loss)
+    return section
+
+
+def _time(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
+    section = _Section("Time", "What replay and monitoring have cost, in seconds of the whole run.")
+    logged = {key: part for key, part in SECONDS.items() if any(key in run.values for run in runs)}
+    timed = [run for run in runs if any(key in run.values for key in logged)]
+    if timed:
+        parts = {part: [run.last(key) or 0.0 for run in timed] for key, part in logged.items()}
+        section.pictures.append(pictures.bars("time", [run.name for run in timed], parts, "Seconds of the whole run"))
+    section.missing += [line for key in SECONDS for line in _missing(runs, key)]
+    return section
+
+
+def _quality(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
+    section = _Section(
+        "Quality of the samples",
+        "Of each refill of the replay buffer. Samples that repeat themselves, or get likelier and less distinct from "
+        "refill to refill, are worth less as replay.",
+        small=True,
+    )
+    for measure, title in QUALITY.items():
+        if curves := _curves(runs, f"replay/quality/{measure}"):
+            section.add(pictures.lines(f"quality-{measure}", curves, title, small=True), curves)
+    without = [run.name for run in runs if run.name not in section.runs]
+    section.missing += _not_in("replay/quality/<measure>", without, runs)
+    return section
+
+
+def _curves(runs: Sequence[RunLog], key: str) -> dict[str, Curve]:
+    return {run.name: _series(run, key) for run in runs if key in run.values}
+
+
+def _series(run: RunLog, key: str) -> Curve:
+    return list(run.values[key]), list(run.values[key].values())
+
+
+def against_new_task(run: RunLog, prior: str, new: str, averaged: bool) -> Curve:
+    """New-task loss and prior loss behind the same optimizer steps.
+
+    The monitor logs at the number of steps behind the weights, Lightning at the index of the last one. What is
+    measured in between is the prior loss on the straight line from one measurement to the next; new-task losses after
+    the last measurement, as a run that was stopped has them, are left out.
+    """
+    measured_at, prior_losses = (np.array(values, dtype=float) for values in _series(run, prior))
+    steps, new_losses = (np.array(values, dtype=float) for values in _series(run, new))
+    behind = steps + 1
+    known = (behind >= measured_at[0]) & (behind <= measured_at[-1])
+    behind, new_losses = behind[known], new_losses[known]
+    matched = np.interp(behind, measured_at, prior_losses)
+    if averaged:
+        interval = np.searchsorted(measured_at, behind)
+        groups = [interval == number for number in np.unique(interval)]
+        new_losses, matched = (np.array([values[group].mean() for group in groups]) for values in (new_losses, matched))
+    return new_losses.tolist(), matched.tolist()
+
+
+def _missing(runs: Sequence[RunLog], key: str) -> list[str]:
+    return _not_in(key, [run.name for run in runs if key not in run.values], runs)
+
+
+def _not_in(key: str, names: Sequence[str], runs: Sequence[RunLog]) -> list[str]:
+    """The line that says which runs lack a key, if any."""
+    if len(names) == len(runs):
+        return [f"No run has logged `{key}`."]
+    return [f"`{key}` was not logged by {', '.join(names)}."] if names else []
+
+
+def _first_and_last(samples: Mapping[int, list[str]]) -> dict[int, list[str]]:
+    return {step: samples[step] for step in (min(samples), max(samples))}
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lightning_replay.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template("report.html")
+
+
+def _code(text: str) -> Markup:
+    """Escaped text, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))

@@ -1,0 +1,275 @@
+"""Sampling from a language model: by default from exactly its own distribution, and always the full length."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from torch import Tensor
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.sampling.decoder import Decoder
+from lightning_replay.sampling.samples import Samples
+from lightning_replay.utilities.validation import is_number, is_whole
+
+__all__ = ["sample_rows", "start_token", "stop_tokens", "truncation"]
+
+_LOOK_EVERY = 16
+"""Positions after which it is looked whether every sample has stopped; looking waits for the device."""
+
+
+def sample_rows(
+    model: LanguageModel,
+    prompts: Tensor | Sequence[Sequence[int]],
+    length: int,
+    generator: torch.Generator,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[int] = (),
+    reply: Sequence[int] = (),
+    compiled: bool = False,
+    part: slice = slice(None),
+    batch_size: int | None = None,
+    shrunk: Callable[[int], Any] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Samples:
+    """Continue prompts with tokens drawn from the model's distribution, by default exactly and to the full length.
+
+    All random numbers are drawn first, on the CPU, so a sample depends on the generator's state and its place alone,
+    whatever the device and the batch size. A model that keeps what it has read is called on one token at a time; any
+    other on the whole prefix, which costs ``length`` / 2 times as much. Prompts of different lengths are read token
+    by token where others are drawn already, so nothing is padded on the left.
+
+    Args:
+        model: The model to sample, in evaluation mode.
+        prompts: Token ids that each sample begins with, at least one each.
+        length: Tokens in a sample at most, the prompt included.
+        generator: The source of randomness, on the CPU. The global random state is not touched.
+        temperature: Divides the logits; 1 leaves the distribution as it is.
+        top_k: Draw from the likeliest ``top_k`` tokens alone.
+        top_p: Draw from the likeliest tokens that together reach this probability, after ``top_k``.
+        min_p: Draw from tokens that reach this share of the likeliest one's probability, after ``top_p``.
+        stop: Tokens that end a sample. By default none does (as in arXiv 2605.26097).
+        reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
+            reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
+            and ``stop`` ends the second turn.
+        compiled: Whether `torch.compile` makes the model's forward; see ``Decoder``.
+        part: Which of the samples to draw, where several processes share the work; all of them by default.
+        batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
+        shrunk: Called with each smaller batch size.
+        progress: Called with the number of tokens drawn since it was last called.
+
+    Returns:
+        The samples, on the model's device.
+
+    Raises:
+        ValueError: If a prompt is empty or as long as ``length``, or a number is out of its range.
+        FloatingPointError: If the model gives NaN or infinite logits.
+        MemoryError: If memory doesn't do for a single sample.
+    """
+    starts = [[int(token) for token in prompt] for prompt in prompts]
+    shortest, longest = min(map(len, starts)), max(map(len, starts))
+    if not 1 <= shortest <= longest <= length:
+        raise ValueError(f"Prompts have 1 to {length} tokens in samples of {length}; got {shortest} to {longest}.")
+    warp = truncation(temperature, top_k, top_p, min_p)
+    # -1 stands where a token is to be drawn.
+    given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
+    uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
+    given, uniforms = given[part], uniforms[part]
+    batch_size, done, parts = min(batch_size or len(given), len(given)), 0, []
+    while done < len(given):
+        some = slice(done, done + batch_size)
+        try:
+            decoder = Decoder(model, length, compiled)
+            parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, stop, reply, progress))
+            done += batch_size
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not is_oom_error(error):
+                raise
+            if batch_size == 1:
+                raise MemoryError(
+                    f"Memory ran out while a single sample of {length} tokens was drawn. Set a smaller "
+                    "`sequence_length` or `sample_length`, or keep the reference elsewhere with `reference_device`."
+                ) from error
+        # Out here nothing holds on to what the failed attempt had allocated.
+        garbage_collection_cuda()
+        batch_size //= 2
+        if shrunk is not None:
+            shrunk(batch_size)
+    return Samples(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def start_token(model: LanguageModel, tokenizer: Any = None) -> int | None:
+    """The token that a row begins with: beginning of sequence, else end of text (as GPT-2 does), else None."""
+    for name in ("bos_token_id", "eos_token_id"):
+        tokens = _special_tokens(name, tokenizer, model)
+        if tokens:
+            return tokens[0]
+    return None
+
+
+def stop_tokens(model: LanguageModel, tokenizer: Any = None) -> list[int]:
+    """The tokens that end a text: the tokenizer's and those of the model's configurations, if any."""
+    return sorted(set(_special_tokens("eos_token_id", tokenizer, model)))
+
+
+def _special_tokens(name: str, tokenizer: Any, model: LanguageModel) -> list[int]:
+    """What tokenizer, configuration and generation configuration say, in this order."""
+    holders = (tokenizer, getattr(model.module, "config", None), getattr(model.module, "generation_config", None))
+    found = [getattr(holder, name, None) for holder in holders]
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in found if value is not None]
+    return [int(token) for tokens in lists for token in tokens]
+
+
+def truncation(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Any:
+    """What turns logits into those to draw from; None where that is nothing.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    if not is_number(temperature) or not temperature > 0:
+        raise ValueError(f"`temperature` is above 0; got {temperature!r}.")
+    if top_k is not None and not is_whole(top_k, 1):
+        raise ValueError(f"`top_k` is how many tokens to draw from, at least 1; got {top_k!r}.")
+    for name, share in {"top_p": top_p, "min_p": min_p}.items():
+        if share is not None and not (is_number(share) and 0 < share <= 1):
+            raise ValueError(f"`{name}` is a probability above 0; got {share!r}.")
+    truncations = LogitsProcessorList()
+    if top_k is not None:
+        truncations.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        truncations.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        truncations.append(MinPLogitsWarper(min_p))
+    if temperature == 1 and not truncations:
+        return None
+    return lambda logits: truncations(None, logits / temperature)
+
+
+def _decode(
+    decoder: Decoder,
+    device: torch.device,
+    given: Tensor,
+    uniforms: Tensor,
+    warp: Any,
+    stop: Sequence[int],
+    reply: Sequence[int],
+    progress: Callable[[int], Any] | None,
+) -> Samples:
+    """One batch of samples, token by token."""
+    rows, length = given.shape
+    first = length - uniforms.shape[1]
+    free = not stop and not reply and bool((given[:, first:] < 0).all())
+    given, uniforms = given.to(device), uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    tokens = given.clamp(min=0)
+    turns = _Turns(tokens, stop, reply)
+    turns.drawn[:, first:] = free
+    totals, chances = [], []
+    for position in range(first, length):
+        logits = decoder.next_logits(tokens[:, :position])
+        probabilities = logits.softmax(-1)
+        token, total = _draw(
+            probabilities if warp is None else warp(logits).softmax(-1), uniforms[:, position - first, None]
+        )
+        if not free:  # most samples are, and a small model's forward takes hardly longer than this
+            token = turns.take(token, given[:, position], position)
+        tokens[:, position] = token
+        totals.append(total)
+        chances.append(probabilities.gather(1, token[:, None]))
+        if progress is not None:
+            progress(rows)
+        if turns.can_end and position % _LOOK_EVERY == 0 and bool(turns.ended.all()):
+            break
+    if totals and not torch.cat(totals, 1).isfinite().all():
+        raise FloatingPointError("The model gave NaN or infinite logits while replay rows were sampled from it.")
+    log_probs = torch.zeros(rows, length, device=device)
+    if chances:
+        log_probs[:, first : first + len(chances)] = torch.cat(chances, 1).log()
+    log_probs.masked_fill_(~turns.drawn, 0)
+    return Samples(tokens, turns.lengths, turns.drawn, log_probs, turns.replies if reply else None)
+
+
+def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row, by inverse transform sampling, and the sum of the probabilities.
+
+    The first token whose cumulative probability exceeds a uniform number: the same distribution as that of
+    `torch.multinomial`, without a random number for each token of the vocabulary. Found in two steps, among blocks of
+    tokens and then in the block, so that no cumulative sum goes over the whole vocabulary.
+    """
+    vocabulary = probabilities.shape[1]
+    block = 1 << (vocabulary.bit_length() // 2)
+    whole = vocabulary // block * block
+    masses = probabilities[:, :whole].view(len(probabilities), -1, block).sum(-1)
+    if whole < vocabulary:
+        masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
+    cumulative = masses.cumsum(-1, dtype=uniforms.dtype)
+    total = cumulative[:, -1:]
+    wanted = uniforms * total
+    chosen = _first_above(cumulative, wanted)
+    columns = chosen * block + torch.arange(block, device=chosen.device)
+    inside = probabilities.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0)
+    before = F.pad(cumulative, (1, 0)).gather(1, chosen)
+    token = chosen * block + _first_above(inside.cumsum(-1, dtype=uniforms.dtype), wanted - before)
+    return token.squeeze(1).clamp(max=vocabulary - 1), total
+
+
+def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """The first place in each row whose cumulative sum exceeds the number wanted; never one that adds nothing."""
+    total = cumulative[:, -1:]
+    # Rounding may bring what is wanted up to the total, past which there is no place.
+    place = torch.searchsorted(cumulative, wanted.minimum(total.nextafter(torch.zeros_like(total))), right=True)
+    return place.clamp(max=cumulative.shape[1] - 1)
+
+
+class _Turns:
+    """Which tokens the samples draw and which they are given, and where they end.
+
+    Everything is a tensor over the rows, so that no position waits for the device.
+    """
+
+    def __init__(self, tokens: Tensor, stop: Sequence[int], reply: Sequence[int]) -> None:
+        (rows, length), device = tokens.shape, tokens.device
+        self.can_end = bool(stop)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.lengths = torch.full((rows,), length, device=device)
+        self.replies = torch.full((rows,), length, device=device)
+        self.drawn = torch.zeros_like(tokens, dtype=torch.bool)
+        self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
+        self._reply = torch.tensor(list(reply), dtype=torch.int64, device=device)
+        # How much of the reply's opening each row has been given; 0 in the first turn.
+        self._opened = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def take(self, drawn: Tensor, given: Tensor, position: int) -> Tensor:
+        """What stands at a position: the drawn token, or the given one where there is one (-1 where not)."""
+        forced = self._forced(given)
+        free = forced < 0
+        token = torch.where(free, drawn, forced)
+        self.drawn[:, position] = free
+        self._advance(token, free, position)
+        return token
+
+    def _forced(self, given: Tensor) -> Tensor:
+        """The token that each row has to take at this position; -1 where it is free to draw one."""
+        if len(self._reply):
+            opening = (self._opened > 0) & (self._opened < len(self._reply))
+            given = torch.where(opening, self._reply[self._opened.clamp(max=len(self._reply) - 1)], given)
+        return given.masked_fill(self.ended, 0)
+
+    def _advance(self, token: Tensor, free: Tensor, position: int) -> None:
+        """Take note of what stands at a position."""
+        ends = torch.isin(token, self._stop) & free if self.can_end else torch.zeros_like(free)
+        if len(self._reply):
+            first_turn = self._opened == 0
+            opens = first_turn & free & (token == self._reply[0])
+            advances = opens | (~first_turn & (self._opened < len(self._reply)))
+            self._opened += advances.long()
+            self.replies = self.replies.masked_fill(advances & (self._opened == len(self._reply)), position + 1)
+            ends = ends & ~opens
+        self.lengths = self.lengths.masked_fill(ends, position + 1)
+        self.ended = self.ended | ends

@@ -1,0 +1,403 @@
+"""Making replay rows: samples are drawn, filtered, cut or packed to rows, and measured."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.models.language_model import LanguageModel, check_tokens
+from lightning_replay.sampling.decoder import rows_at_a_time
+from lightning_replay.sampling.draw import sample_rows, stop_tokens, truncation
+from lightning_replay.sampling.prompts import Prompts, PromptsLike, find_prompts
+from lightning_replay.sampling.samples import Filter, Sampler, Samples
+from lightning_replay.sampling.statistics import distinct_n, repetition
+from lightning_replay.utilities.distributed import Processes
+from lightning_replay.utilities.logging import filter_name
+from lightning_replay.utilities.seeds import stream
+from lightning_replay.utilities.validation import check_choice, is_whole
+
+__all__ = ["LossOn", "RowGenerator"]
+
+LossOn = Literal["sample", "answer"]
+
+_MANY, _FEW = 8, 0.05
+"""Tokens that can't be equal by chance, and the share of samples of equal ones that is no cause for worry."""
+_ROUNDS = 10
+"""How often samples are drawn anew where filters drop too many."""
+
+
+class RowGenerator:
+    """Draws samples from a language model and makes replay rows of them.
+
+    Args:
+        prompts: What samples begin with; see ``SelfGeneratedReplay``, as for all others.
+        sample_length: Tokens sampled in one piece.
+        temperature: Sampling temperature.
+        top_k: Truncation of the distribution.
+        top_p: Truncation of the distribution.
+        min_p: Truncation of the distribution.
+        stop_at_eos: Whether the end token ends a sample.
+        loss_on: Which tokens are targets.
+        filters: Which samples to keep.
+        sampler: A function to sample with instead of ours.
+        compile_sampling: Whether `torch.compile` makes the forward of sampling.
+
+    Attributes:
+        refills: How often rows were generated.
+        samples_drawn: Samples so far, dropped ones included.
+        rows: Rows so far.
+        seconds: Wall-clock time spent so far; whoever calls adds to it.
+        dropped: How many samples each filter has dropped so far.
+        batch_size: Samples decoded at a time; None as long as that has not been found out.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptsLike | None = None,
+        sample_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_at_eos: bool = False,
+        loss_on: LossOn = "sample",
+        filters: Sequence[Filter] = (),
+        sampler: Sampler | None = None,
+        compile_sampling: bool = False,
+    ) -> None:
+        truncation(temperature, top_k, top_p, min_p)
+        if isinstance(prompts, str) and prompts != "chat":
+            raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
+        if prompts is not None and not (_is_filled(prompts) and all(map(_is_filled, prompts))):
+            raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
+        check_choice("loss_on", loss_on, LossOn)
+        if loss_on == "answer" and prompts != "chat":
+            raise ValueError("`loss_on='answer'` is for chat samples, which have one: set `prompts='chat'`.")
+        if sample_length is not None and not is_whole(sample_length, 2):
+            raise ValueError(f"`sample_length` is a number of tokens, at least 2; got {sample_length!r}.")
+        if not isinstance(filters, Sequence) or not all(callable(filter_) for filter_ in filters):
+            raise TypeError(f"`filters` is a list of functions of the samples; got {filters!r}.")
+        if sampler is not None and not callable(sampler):
+            raise TypeError(f"`sampler` is a function such as `lightning_replay.sample_rows`; got {sampler!r}.")
+        self.prompts = prompts
+        self.sample_length = sample_length
+        self.stop_at_eos = stop_at_eos or prompts == "chat"
+        self.loss_on: LossOn = loss_on
+        self.filters = list(filters)
+        self.sampler = sampler
+        self._draw = partial(
+            sample_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, compiled=compile_sampling
+        )
+
+        self.refills = 0
+        self.samples_drawn = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.batch_size: int | None = None
+        self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in self.filters})
+        self._prompts = Prompts([], [])
+        self._ends: list[int] = []
+
+    def fork(self) -> "RowGenerator":
+        """One that goes on from here by itself, and leaves this one as it is."""
+        other = copy.copy(self)
+        other.dropped = self.dropped.copy()
+        return other
+
+    def bind(self, model: LanguageModel, tokenizer: Any) -> None:
+        """Find out what samples of this model begin and end with.
+
+        Raises:
+            MisconfigurationException: If a tokenizer, template, start or end token that is needed is missing, or the
+                model doesn't have the prompts' tokens.
+        """
+        self._prompts = find_prompts(self.prompts, model, tokenizer)
+        self._ends = stop_tokens(model, tokenizer)
+        if self.prompts == "chat":
+            self._ends = sorted({*self._ends, self._prompts.reply[0]})
+        if self.stop_at_eos and not self._ends:
+            raise MisconfigurationException(
+                "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
+                f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
+            )
+        check_tokens(self._prompts.max_token, "Prompts hold", model)
+
+    def check_length(self, length: int, model: LanguageModel) -> None:
+        """Refuse rows that samples don't fit.
+
+        Raises:
+            MisconfigurationException: If samples of rows of this length don't fit the model, the row or the prompts.
+        """
+        piece = self.piece_length(length, model)
+        if piece % length:
+            raise MisconfigurationException(
+                f"`sample_length={piece}` is not a multiple of the {length} tokens of a replay row."
+            )
+        if model.context is not None and piece > model.context:
+            raise MisconfigurationException(
+                f"Samples of {piece} tokens don't fit {type(model.module).__name__}, which takes {model.context} at "
+                f"most. Set `sequence_length` (and `sample_length`) to {model.context} or fewer."
+            )
+        room = piece - len(self._prompts.reply)
+        fitting = [start for start in self._prompts.starts if len(start) < room]
+        if not fitting:
+            raise MisconfigurationException(
+                f"Prompts of {min(map(len, self._prompts.starts))} tokens and more leave nothing to sample in samples "
+                f"of {piece}. Use shorter prompts, or set `sequence_length` or `sample_length`."
+            )
+        if len(fitting) < len(self._prompts.starts):
+            rank_zero_warn(
+                f"Replay: {len(self._prompts.starts) - len(fitting)} of {len(self._prompts.starts)} prompts are left "
+                f"out: they leave nothing to sample in samples of {piece} tokens."
+            )
+            self._prompts = Prompts(fitting, self._prompts.reply)
+
+    def piece_length(self, length: int, model: LanguageModel) -> int:
+        """Tokens sampled in one piece, for rows of ``length`` tokens."""
+        if self.sample_length is not None:
+            return self.sample_length
+        cuts = self.prompts is None and (model.context is None or 2 * length <= model.context)
+        return 2 * length if cuts else length
+
+    def generate(
+        self,
+        model: LanguageModel,
+        rows: int,
+        length: int,
+        seed: int,
+        progress: Callable[[int], Any],
+        processes: Processes = Processes(),  # noqa: B008
+    ) -> tuple[ReplayRows, dict[str, float]]:
+        """Make rows.
+
+        Several processes draw a part of the samples each and make the same rows of all of them. They are those of a
+        single process, except for a sampler of the user's own: that gets the prompts of its process and a generator
+        of its own in each.
+
+        Args:
+            model: The model to sample, in evaluation mode, without gradients.
+            rows: How many rows.
+            length: Tokens in a row.
+            seed: Seed of all randomness, to which the number of the refill is added.
+            progress: Called with the number of tokens drawn since it was last called.
+            processes: Who shares the work.
+
+        Returns:
+            The rows, on the CPU, and measures of the samples that they were made of, by name.
+
+        Raises:
+            RuntimeError: If filters drop everything.
+        """
+        self.refills += 1
+        # Of our own sampler's random numbers, each process draws all and uses those of its part.
+        shared = self.sampler is None or processes.lockstep
+        generator = stream(seed, 0 if shared else processes.rank, self.refills)
+        piece = self.piece_length(length, model)
+        goal = rows * length if self.prompts == "chat" else -(-rows * length // piece) * piece
+        drawn: Samples | None = None
+        kept, dropped = torch.empty(0, dtype=torch.bool), Counter[str]()
+        for _ in range(_ROUNDS):
+            have = 0 if drawn is None else self._tokens(drawn.take(kept), piece)
+            if have >= goal:
+                break
+            # As many as are missing if as large a share is kept as so far.
+            used = 0 if drawn is None else len(drawn.tokens)
+            missing = -(-(goal - have) // piece) if not have else -(-(goal - have) * used // have)
+            number = min(missing, 4 * -(-goal // piece))
+            new = self._sample(model, number, piece, seed, generator, progress, processes)
+            drawn = new if drawn is None else _joined([drawn, new])
+            # A filter may fail or waver in a single process, and all have to go on with the same samples.
+            kept, dropped = processes.first(processes.together(partial(self._filter, drawn)))
+        assert drawn is not None
+        self.dropped.update(dropped)  # `+=` would forget filters that have dropped nothing
+        chosen = drawn.take(kept)
+        if not len(chosen.tokens):
+            raise RuntimeError(
+                f"No sample passed: of {len(drawn.tokens)} drawn, {_counts(dropped)}. Loosen the filters of "
+                "SelfGeneratedReplay, or raise `sequence_length` if samples don't come to their end."
+            )
+        if self._tokens(chosen, piece) < goal:
+            rank_zero_warn(
+                f"Replay: only {len(chosen.tokens)} of {len(drawn.tokens)} samples passed ({_counts(dropped)}), fewer "
+                "than a refill needs, so rows will be replaced sooner."
+            )
+        made = self._rows(chosen, length)
+        made = made.take(torch.arange(min(rows, len(made.tokens))))
+        self.rows += len(made.tokens)
+        return made, self._quality(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far generation has come."""
+        return {
+            "refills": self.refills,
+            "samples_drawn": self.samples_drawn,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "dropped": dict(self.dropped),
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.refills = state["refills"]
+        self.samples_drawn = state["samples_drawn"]
+        self.rows = state["rows"]
+        self.seconds = state["seconds"]
+        self.dropped = Counter(state["dropped"])
+        self.batch_size = state.get("batch_size")
+
+    def _sample(
+        self,
+        model: LanguageModel,
+        number: int,
+        piece: int,
+        seed: int,
+        generator: torch.Generator,
+        progress: Callable[[int], Any],
+        processes: Processes,
+    ) -> Samples:
+        starts = [self._prompts.starts[place] for place in self._in_passes(number, seed)]
+        self.samples_drawn += number
+
+        def make(part: slice) -> Samples | None:
+            if part.start == part.stop:
+                return None
+            if self.sampler is None:
+                self.batch_size = self.batch_size or rows_at_a_time(model, piece)
+                samples = self._draw(
+                    model,
+                    starts,
+                    piece,
+                    generator,
+                    stop=self._ends if self.stop_at_eos else (),
+                    reply=self._prompts.reply,
+                    part=part,
+                    batch_size=self.batch_size,
+                    shrunk=self._shrink,
+                    progress=progress,
+                )
+            else:
+                samples = _as_samples(self.sampler(model, starts[part], piece, generator), starts[part], piece)
+                check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
+            return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
+
+        return _joined([part for part in processes.spread(number, make) if part is not None])
+
+    def _shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        rank_zero_warn(f"Replay: memory ran out while sampling; going on with {batch_size} samples at a time.")
+
+    def _in_passes(self, number: int, seed: int) -> list[int]:
+        """Places of the next prompts: all of them in random order, then all again in another."""
+        prompts = len(self._prompts.starts)
+        places: list[int] = []
+        for index in range(self.samples_drawn, self.samples_drawn + number):
+            if not places or not index % prompts:
+                order = torch.randperm(prompts, generator=stream(seed, index // prompts)).tolist()
+            places.append(order[index % prompts])
+        return places
+
+    def _filter(self, samples: Samples) -> tuple[Tensor, Counter[str]]:
+        """Which samples all filters keep, and how many each one dropped that those before it had kept."""
+        kept, dropped = torch.ones(len(samples.tokens), dtype=torch.bool), Counter[str]()
+        if samples.replies is not None:
+            answered = samples.replies < samples.lengths
+            kept, dropped["unanswered"] = answered, int((~answered).sum())
+        for filter_ in self.filters:
+            verdict = filter_(samples)
+            if not isinstance(verdict, Tensor) or verdict.shape != kept.shape or verdict.dtype != torch.bool:
+                what = f"{verdict.dtype} {tuple(verdict.shape)}" if isinstance(verdict, Tensor) else repr(verdict)
+                raise TypeError(
+                    f"The filter {filter_name(filter_)!r} returned {what}; a filter of {len(kept)} samples returns a "
+                    f"boolean tensor of shape ({len(kept)},), True on those to keep."
+                )
+            dropped[filter_name(filter_)] = int((kept & ~verdict.cpu()).sum())
+            kept = kept & verdict.cpu()
+        return kept, dropped
+
+    def _tokens(self, samples: Samples, piece: int) -> int:
+        """How much of a refill the samples make up, in tokens: a conversation fills a row, however short."""
+        return len(samples.tokens) * piece if self.prompts == "chat" else int(samples.lengths.sum())
+
+    def _rows(self, samples: Samples, length: int) -> ReplayRows:
+        """Samples as rows: cut where they are longer, packed one after another where they end by themselves."""
+        real = torch.arange(samples.tokens.shape[1]) < samples.lengths.unsqueeze(1)
+        targets = samples.drawn
+        if self.loss_on == "answer":
+            assert samples.replies is not None
+            targets = targets & (torch.arange(samples.tokens.shape[1]) >= samples.replies.unsqueeze(1))
+        if self.prompts == "chat":
+            return ReplayRows(samples.tokens, samples.lengths, targets)
+        tokens, targets = samples.tokens[real], targets[real]
+        missing = -len(tokens) % length
+        rows = (len(tokens) + missing) // length
+        lengths = torch.full((rows,), length)
+        lengths[-1] -= missing
+        return ReplayRows(
+            F.pad(tokens, (0, missing)).view(rows, length), lengths, F.pad(targets, (0, missing)).view(rows, length)
+        )
+
+    def _quality(self, samples: Samples) -> dict[str, float]:
+        tokens, lengths = samples.tokens, samples.lengths
+        measures = {
+            "distinct_1": distinct_n(tokens, lengths, 1),
+            "distinct_2": distinct_n(tokens, lengths, 2),
+            "repetition": float(repetition(tokens, lengths).mean()),
+            "length": float(lengths.double().mean()),
+        }
+        drawn = samples.drawn.sum(1)
+        last = tokens.gather(1, (lengths - 1).unsqueeze(1))
+        same = ((tokens == last) | ~samples.drawn).all(1)
+        measures["degenerate"] = float((same & ((drawn == 0) | (drawn >= _MANY))).double().mean())
+        if measures["degenerate"] > _FEW:
+            rank_zero_warn(
+                f"Replay: {measures['degenerate']:.0%} of a refill's samples are empty or one repeated token. Is the "
+                "start token right, and has the model been trained? See `replay/samples` and `replay/quality`."
+            )
+        if self._ends:
+            ended = torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn
+            measures["ended"] = float(ended.any(1).double().mean())
+        if samples.log_probs is not None:
+            measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
+        return measures
+
+
+def _is_filled(values: Any) -> bool:
+    return isinstance(values, Collection) and len(values) > 0
+
+
+def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:
+    """What a sampler of the user's own returned; where that is no more than tokens, all after the prompts are drawn."""
+    tokens = given.tokens if isinstance(given, Samples) else given
+    if not isinstance(tokens, Tensor) or tokens.shape != (len(prompts), length) or tokens.is_floating_point():
+        what = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+        raise TypeError(
+            f"`sampler` returned {what}; for {len(prompts)} samples of {length} tokens it returns token ids of shape "
+            f"({len(prompts)}, {length})."
+        )
+    if isinstance(given, Samples):
+        for name, shape in {"lengths": tokens.shape[:1], "drawn": tokens.shape}.items():
+            part = getattr(given, name)
+            if not isinstance(part, Tensor) or part.shape != shape:
+                raise TypeError(f"`sampler` returned Samples whose `{name}` have not the shape {tuple(shape)}.")
+        return given
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)
+    return Samples(tokens, torch.full((len(prompts),), length), drawn)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    columns = zip(*parts, strict=True)
+    return Samples(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{name} dropped {number}" for name, number in dropped.items()) or "no filter dropped any"

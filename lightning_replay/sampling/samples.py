@@ -1,0 +1,45 @@
+"""Samples of a language model, and what may draw them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_replay.models.language_model import LanguageModel
+
+__all__ = ["Filter", "Sampler", "Samples"]
+
+
+class Samples(NamedTuple):
+    """Samples of a language model, padded on the right.
+
+    Attributes:
+        tokens: Token ids, prompts included, shape ``(samples, length)``; 0 past a sample's end.
+        lengths: Real tokens in each, shape ``(samples,)``.
+        drawn: True on tokens that the model drew, False on what it was given and on padding; the tokens' shape.
+        log_probs: Log-probability of each drawn token under the model as it is (temperature 1, nothing
+            truncated), in nats, 0 elsewhere; the tokens' shape. None where the sampler doesn't tell.
+        replies: Where in each sample the reply begins, shape ``(samples,)``: ``length`` where it never does. None
+            without a reply.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    drawn: Tensor
+    log_probs: Tensor | None = None
+    replies: Tensor | None = None
+
+    def take(self, samples: Tensor) -> "Samples":
+        """Some of them, by number or by a mask of shape ``(samples,)``."""
+        return Samples(*(part if part is None else part[samples] for part in self))  # type: ignore[arg-type]
+
+
+Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Tensor | Samples]
+"""Called with the model (in evaluation mode, without gradients), a prompt for each sample, the length of a sample and
+a CPU generator; returns the samples, prompts included: token ids of shape ``(samples, length)``, or ``Samples``
+where they are shorter or where their log-probabilities are known."""
+
+# The second is for jsonargparse, to which the first is a maker of tensors: with it, a config names a filter's class.
+Filter = Callable[[Samples], Tensor] | Callable[[Samples], Any]
+"""Called with samples; returns a boolean tensor of shape ``(samples,)``, True on those to keep."""

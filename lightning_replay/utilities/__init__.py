@@ -1,0 +1,1 @@
+"""What every other folder uses: argument checks, processes, logging, progress, files, seeds."""

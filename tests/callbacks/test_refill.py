@@ -1,0 +1,136 @@
+import logging
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay
+from tests.helpers.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
+
+Make = Callable[..., LlamaForCausalLM]
+
+
+def run(model: Any, replay: SelfGeneratedReplay, *callbacks: L.Callback, fraction: float = 0.2, **options: Any) -> Any:
+    module, drawn = UserModule(model), DrawnRows()
+    data = ReplayDataModule(mapping_loader(), fraction)
+    trainer = quiet_trainer(callbacks=[replay, drawn, *callbacks], **options)
+    trainer.fit(module, datamodule=data)
+    weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    return weights, torch.cat(drawn.rows), trainer, data
+
+
+def refill_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("replay-refill")]
+
+
+@pytest.mark.parametrize("loss", ["kl", "ntp"])
+def test_rows_made_in_the_background_are_those_made_at_once(tiny_llama: Make, loss: Any) -> None:
+    results = []
+    for background in (False, True):
+        torch.manual_seed(0)
+        before, threads = torch.get_rng_state(), torch.get_num_threads()
+        replay = SelfGeneratedReplay(loss, refill_rows=6, seed=3, background=background)
+        weights, rows, trainer, _ = run(tiny_llama(attention_dropout=0.2), replay, max_steps=12)
+        results.append((weights, rows, trainer.callback_metrics["replay/rows_sampled"], torch.get_rng_state()))
+        assert not torch.equal(before, torch.get_rng_state())  # dropout draws from it
+        assert torch.get_num_threads() == threads
+        assert not refill_threads()
+    at_once, ahead = results
+    assert torch.equal(at_once[0], ahead[0])
+    assert torch.equal(at_once[1], ahead[1])
+    assert at_once[2] == ahead[2] == 24
+    assert torch.equal(at_once[3], ahead[3])
+
+
+def test_an_error_in_the_user_s_step_ends_what_is_made_ahead(tiny_llama: Make) -> None:
+    class Failing(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            assert refill_threads()
+            raise RuntimeError("the user's own")
+
+    replay = SelfGeneratedReplay(refill_rows=256, background=True, sample_length=24, sequence_length=24)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        run(tiny_llama(), replay, Failing())
+    assert not refill_threads()
+
+
+@pytest.mark.parametrize("reason", ["adapter", "live", "ema", "sampler"])
+def test_what_changes_while_the_model_trains_is_not_sampled_in_the_background(tiny_llama: Make, reason: str) -> None:
+    model = tiny_llama()
+    settings: dict[str, dict[str, Any]] = {
+        "adapter": {},
+        "live": {"source": "live"},
+        "ema": {"reference": "ema"},
+        "sampler": {"sampler": lambda *given: None},
+    }
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)) if reason == "adapter" else model
+    with pytest.raises(MisconfigurationException, match="`background=True` samples a frozen copy"):
+        run(adapted, SelfGeneratedReplay(background=True, **settings[reason]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "sampled", "capacity"),
+    [
+        (6, {}, 12, 12),  # no more than the run uses
+        (6, {"uses_per_sample": 2}, 6, 6),
+        (6, {"sample_length": 12}, 12, 12),
+        (3, {}, 6, 6),
+    ],
+)
+def test_no_row_is_sampled_that_the_run_does_not_use(
+    tiny_llama: Make, steps: int, options: dict[str, Any], sampled: int, capacity: int
+) -> None:
+    _, rows, trainer, data = run(tiny_llama(), SelfGeneratedReplay(**options), max_steps=steps)
+    assert len(rows) == 2 * steps
+    assert trainer.callback_metrics["replay/rows_sampled"] == sampled
+    assert data.buffer.capacity == capacity
+
+
+def test_a_long_run_is_sampled_in_even_parts(tiny_llama: Make) -> None:
+    _, rows, trainer, data = run(tiny_llama(), SelfGeneratedReplay("ntp"), fraction=0.9, max_steps=8)
+    assert len(rows) == 8 * 72  # 576 rows in three refills of up to 256
+    assert data.buffer.capacity == 192
+    assert trainer.callback_metrics["replay/rows_sampled"] == 576
+
+
+def test_the_fit_ends_with_what_replay_cost(tiny_llama: Make, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = ForgettingMonitor({"prior": mapping_loader(16)}, every_n_steps=3)
+    with caplog.at_level(logging.INFO):
+        _, _, trainer, _ = run(tiny_llama(), SelfGeneratedReplay(), monitor)
+    (line,) = (record.message for record in caplog.records if record.message.startswith("Replay: of "))
+    figures = re.match(
+        r"Replay: of ([\d.]+) s, ([\d.]+)% went into the replay loss \(without its backward\), ([\d.]+)% into sampling "
+        r"([\d,]+) tokens; trained on ([\d,]+) new and ([\d,]+) replayed tokens; monitoring took ([\d.]+)%\.$",
+        line,
+    )
+    assert figures is not None, line
+    total, loss, sampling, *tokens, monitoring = figures.groups()
+    assert tokens == ["144", "576", "144"]  # 12 rows sampled; 6 steps of 8 new and 2 replay rows of 12 tokens
+    seconds = [float(trainer.callback_metrics[f"{key}_seconds"]) for key in ("replay/loss", "replay/sampling")]
+    seconds.append(float(trainer.callback_metrics["forgetting/seconds"]))
+    for share, spent in zip((loss, sampling, monitoring), seconds, strict=True):
+        assert float(share) / 100 * float(total) == pytest.approx(spent, rel=0.2, abs=0.05)
+
+
+def test_each_fit_counts_what_its_own_monitors_took(tiny_llama: Make) -> None:
+    monitors = [ForgettingMonitor({name: mapping_loader(16)}) for name in ("stories", "news")]
+    replay, before = SelfGeneratedReplay(), 0.0
+    for _ in range(2):
+        _, _, trainer, _ = run(tiny_llama(), replay, *monitors)
+        spent = sum(monitor.seconds for monitor in monitors)
+        assert float(trainer.callback_metrics["forgetting/seconds"]) == pytest.approx(spent)
+        assert replay.monitoring_seconds == pytest.approx(spent - before)
+        before = spent
+
+
+def test_a_buffer_takes_four_bytes_a_token_and_six_a_cached_log_probability() -> None:
+    plain, cached = ReplayBuffer(1000, 512), ReplayBuffer(1000, 512, top_k=64)
+    assert plain.nbytes / (1000 * 512) == pytest.approx(4, abs=0.05)
+    assert (cached.nbytes - plain.nbytes) / (1000 * 511 * 64) == pytest.approx(6, abs=0.05)
