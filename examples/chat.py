@@ -11,7 +11,14 @@ Takes 20 seconds with --quick.
 import lightning as L
 from quick import arguments
 
-from lightning_replay import CausalLM, ChatDataModule, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import (
+    CausalLM,
+    ChatDataModule,
+    ForgettingMonitor,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+)
 
 options = arguments(__doc__, kind="jsonl")
 
@@ -22,14 +29,16 @@ def chats(file: str) -> ChatDataModule:
 
 
 # The model is given the chat template up to the user's turn, and writes what the user says and what it answers.
-replay = SelfGeneratedReplay(coefficient=1.0, prompts="chat", stop_at_eos=True, sequence_length=options.length)
+replay = SelfGeneratedReplay(
+    coefficient=1.0, sequence_length=options.length, sampling=Sampling(prompts="chat", stop_at_eos=True)
+)
 monitor = ForgettingMonitor({"prior": chats(options.prior)})
 data = ReplayDataModule(chats(options.new), options.replay_fraction)
 trainer = L.Trainer(max_steps=options.steps, callbacks=[replay, monitor], logger=False)
 trainer.fit(CausalLM(options.model, options.learning_rate), datamodule=data)
 
-if data.buffer is not None:
-    row = data.buffer.draw(1)
+if replay.rows.buffer is not None:
+    row = replay.rows.buffer.draw(1)
     print("replayed:", data.tokenizer.decode(row.tokens[0, : row.lengths[0]]))
 figures = trainer.callback_metrics
 print(f"loss on new conversations {figures['val/loss']:.3f}, forgetting {figures['forgetting/prior']:+.3f}")

@@ -137,7 +137,7 @@ def main() -> None:
     """Run without and with replay, and print both."""
     options = parsed()
     plain = finetune(options, None, "without_replay")
-    replay = SelfGeneratedReplay(options.loss, options.coefficient, options.source)
+    replay = SelfGeneratedReplay(options.loss, options.coefficient, source=options.source)
     real = prior_text(options) if options.prior_share else None
     replayed = finetune(options, replay, "with_replay", real, options.prior_share or 1.0)
 

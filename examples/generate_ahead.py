@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader
 from lightning_replay import (
     CausalLM,
     ForgettingMonitor,
+    Ray,
     ReplayDataModule,
     ReplayShards,
-    RowOptions,
+    Sampling,
     SelfGeneratedReplay,
     TextDataModule,
     generate_rows,
@@ -88,9 +89,12 @@ def main() -> None:
 
     rows, held_out = options.output / "rows", options.output / "held_out"
     length, seed = options.sequence_length, options.seed
-    wanted = RowOptions(options.model, options.rows, length, reference_top_k=64, seed=seed)
-    made = generate_rows(wanted, rows, options.engine, options.actors)
-    generate_rows(RowOptions(options.model, 64, length, sample_length=length, seed=seed + 1), held_out)
+    engine = Ray(options.actors) if options.engine == "ray" else "local"
+    made = generate_rows(
+        options.model, options.rows, rows, sequence_length=length, reference_top_k=64, seed=seed, engine=engine
+    )
+    whole = Sampling(length=length)
+    generate_rows(options.model, 64, held_out, sampling=whole, sequence_length=length, seed=seed + 1)
     print(f"{rows}: {made.rows:,} rows of {length} tokens, {made.new_rows / made.seconds:,.1f} rows/s")
 
     plain, replayed = (train(options, options.model, given, held_out) for given in (None, rows))

@@ -19,14 +19,15 @@ from statistics import mean
 
 from rich.console import Console
 
+from lightning_replay import Cached
 from lightning_replay.demo.run import FIRST_TASK_STEPS, MEASURE_EVERY, STEPS, learn_sequence, replay_of
 from lightning_replay.demo.toy_tasks import TASKS, VOCABULARY
 
 ARMS = {
     "none": None,
     "frozen copy": replay_of,
-    f"cached, k = {VOCABULARY} (all)": partial(replay_of, reference="cached", reference_top_k=VOCABULARY),
-    "cached, k = 8": partial(replay_of, reference="cached", reference_top_k=8),
+    f"cached, k = {VOCABULARY} (all)": partial(replay_of, reference=Cached(top_k=VOCABULARY)),
+    "cached, k = 8": partial(replay_of, reference=Cached(top_k=8)),
     "moving average, decay 0.999": partial(replay_of, reference="ema"),
 }
 

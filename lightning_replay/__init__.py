@@ -5,9 +5,11 @@ from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.buffers.shards import ReplayShards
 from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_replay.callbacks.replay_loss import KL, LwF, Mixed, NextToken, ReplayLoss
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.chat import ChatDataModule
 from lightning_replay.data.replay import ReplayDataModule
+from lightning_replay.data.sources import RowSource
 from lightning_replay.data.text import TextDataModule
 from lightning_replay.losses import (
     divergence_from_top_k,
@@ -30,21 +32,35 @@ from lightning_replay.metrics import (
 )
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.references.kinds import EMA, Adapter, Cached, Copy, Reference
 from lightning_replay.sampling.draw import sample_rows
-from lightning_replay.sampling.generate import RowOptions, generate_rows
+from lightning_replay.sampling.generate import Ray, generate_rows
+from lightning_replay.sampling.sampling import Sampling
 
 __all__ = [
+    "EMA",
+    "KL",
+    "Adapter",
+    "Cached",
     "CausalLM",
     "ChatDataModule",
+    "Copy",
     "ForgettingMonitor",
     "KLDrift",
     "LanguageModel",
+    "LwF",
+    "Mixed",
+    "NextToken",
     "Perplexity",
+    "Ray",
+    "Reference",
     "ReplayBuffer",
     "ReplayDataModule",
+    "ReplayLoss",
     "ReplayRows",
     "ReplayShards",
-    "RowOptions",
+    "RowSource",
+    "Sampling",
     "SelfGeneratedReplay",
     "TextDataModule",
     "TokenAccuracy",

@@ -22,13 +22,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_replay import (
+    EMA,
+    KL,
+    Cached,
     CausalLM,
+    Copy,
     ForgettingMonitor,
     KLDrift,
+    LwF,
     Perplexity,
     ReplayBuffer,
     ReplayDataModule,
     ReplayRows,
+    Sampling,
     SelfGeneratedReplay,
     TextDataModule,
     TokenAccuracy,
@@ -82,23 +88,39 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (SelfGeneratedReplay, {"loss": None}, ValueError, "`loss` is one of 'kl', .* got None"),
     (SelfGeneratedReplay, {"coefficient": "10"}, ValueError, "`coefficient`.*got '10'"),
     (SelfGeneratedReplay, {"coefficient": math.inf}, ValueError, "`coefficient`.*finite; got inf"),
-    (SelfGeneratedReplay, {"divergence_temperature": "1"}, ValueError, "`divergence_temperature`.*got '1'"),
+    (KL, {"temperature": "1"}, ValueError, "`temperature`.*got '1'"),
     (SelfGeneratedReplay, {"refill_rows": 2.5}, ValueError, "`refill_rows`.*got 2.5"),
     (SelfGeneratedReplay, {"refill_rows": "all"}, ValueError, "`refill_rows`.*got 'all'"),
     (SelfGeneratedReplay, {"uses_per_sample": 1.5}, ValueError, "`uses_per_sample`.*got 1.5"),
-    (SelfGeneratedReplay, {"reference_top_k": "64"}, ValueError, "`reference_top_k`.*got '64'"),
-    (SelfGeneratedReplay, {"ema_decay": "slow"}, ValueError, "`ema_decay`.*got 'slow'"),
+    (Cached, {"top_k": "64"}, ValueError, "`top_k`.*got '64'"),
+    (EMA, {"decay": "slow"}, ValueError, "`decay`.*got 'slow'"),
     (SelfGeneratedReplay, {"sequence_length": 12.0}, ValueError, "`sequence_length`.*got 12.0"),
-    (SelfGeneratedReplay, {"sample_length": "24"}, ValueError, "`sample_length`.*got '24'"),
-    (SelfGeneratedReplay, {"temperature": "hot"}, ValueError, "`temperature`.*got 'hot'"),
-    (SelfGeneratedReplay, {"top_k": 0.5}, ValueError, "`top_k`.*got 0.5"),
-    (SelfGeneratedReplay, {"top_p": "0.9"}, ValueError, "`top_p`.*got '0.9'"),
-    (SelfGeneratedReplay, {"prompts": 1}, ValueError, "`prompts` is a list of at least one prompt.*got 1"),
-    (SelfGeneratedReplay, {"prompts": [1, 5]}, ValueError, r"`prompts` is a list .*got \[1, 5\]"),
-    (SelfGeneratedReplay, {"filters": len}, TypeError, "`filters` is a list of functions"),
-    (SelfGeneratedReplay, {"filters": ["length"]}, TypeError, r"`filters`.*got \['length'\]"),
-    (SelfGeneratedReplay, {"sampler": "greedy"}, TypeError, "`sampler` is a function .*got 'greedy'"),
-    (SelfGeneratedReplay, {"previews": -1}, ValueError, "`previews`.*got -1"),
+    (Sampling, {"length": "24"}, ValueError, "`length`.*got '24'"),
+    (Sampling, {"temperature": "hot"}, ValueError, "`temperature`.*got 'hot'"),
+    (Sampling, {"top_k": 0.5}, ValueError, "`top_k`.*got 0.5"),
+    (Sampling, {"top_p": "0.9"}, ValueError, "`top_p`.*got '0.9'"),
+    (Sampling, {"prompts": 1}, ValueError, "`prompts` is a list of at least one prompt.*got 1"),
+    (Sampling, {"prompts": [1, 5]}, ValueError, r"`prompts` is a list .*got \[1, 5\]"),
+    (Sampling, {"filters": len}, TypeError, "`filters` is a list of functions"),
+    (Sampling, {"filters": ["length"]}, TypeError, r"`filters`.*got \['length'\]"),
+    (Sampling, {"sampler": "greedy"}, TypeError, "`sampler` is a function .*got 'greedy'"),
+    (KL, {"direction": "js"}, ValueError, "`direction` is one of 'forward', 'reverse', 'jensen_shannon'; got 'js'"),
+    (KL, {"temperature": 0.0}, ValueError, "`temperature`.*got 0.0"),
+    (LwF, {"temperature": math.nan}, ValueError, "`temperature`.*got nan"),
+    (Cached, {"top_k": 0}, ValueError, "`top_k`.*got 0"),
+    (Copy, {"dtype": "int8"}, ValueError, "`dtype`.*got 'int8'"),
+    (Copy, {"save": "nowhere"}, ValueError, "`save`.*got 'nowhere'"),
+    (Copy, {"since": "last"}, ValueError, "`since`.*got 'last'"),
+    (Sampling, {"min_p": 0.0}, ValueError, "`min_p`.*got 0.0"),
+    (Sampling, {"length": 0}, ValueError, "`length`.*got 0"),
+    (Sampling, {"temperature": 0.0}, ValueError, "`temperature`.*got 0.0"),
+    (Sampling, {"top_p": 2.0}, ValueError, "`top_p`.*got 2.0"),
+    (Sampling, {"prompts": []}, ValueError, "at least one prompt"),
+    (Sampling, {"prompts": [[1], []]}, ValueError, "none of them empty"),
+    (Sampling, {"prompts": "Once upon a time"}, ValueError, "'chat' or a list of texts"),
+    (Sampling, {"targets": "prompt"}, ValueError, "'all', 'answer'"),
+    (Sampling, {"targets": "answer"}, ValueError, "set `prompts='chat'`"),
+    (Sampling, {"sampler": len, "top_k": 3}, ValueError, "`top_k` of Sampling would have no effect"),
     (SelfGeneratedReplay, {"seed": -1}, ValueError, "`seed`.*got -1"),
     (ForgettingMonitor, {"prior": mapping_loader()}, TypeError, r"`prior` names held-out sets.*got <torch"),
     (ForgettingMonitor, {"prior": "stories"}, TypeError, "`prior` names held-out sets.*got 'stories'"),
@@ -127,6 +149,12 @@ NEEDED: dict[type[Any], dict[str, Any]] = {
     ReplayBuffer: {"capacity": 4, "length": 4},
     ReplayDataModule: {"data": mapping_loader()},
     SelfGeneratedReplay: {},
+    Sampling: {},
+    KL: {},
+    LwF: {},
+    Cached: {},
+    Copy: {},
+    EMA: {},
     ForgettingMonitor: {"prior": {"rows": mapping_loader()}},
     TextDataModule: {"data": "stories.txt", "tokenizer": len},
     CausalLM: {"model": nn.Linear(2, 2)},
@@ -303,7 +331,7 @@ def test_prior_rows_that_do_not_fit_the_model_are_refused(prior: Tensor, message
     for model in (tiny_llama(), with_configuration(HandWritten())):
         module = PlainDescent(model) if isinstance(model, LlamaForCausalLM) else TokensModule(model)
         loader = mapping_loader() if isinstance(model, LlamaForCausalLM) else tensor_loader()
-        replay = SelfGeneratedReplay(prompts=[[1]], refill_rows=4)
+        replay = SelfGeneratedReplay(refill_rows=4, sampling=Sampling(prompts=[[1]]))
         data = ReplayDataModule(loader, 0.2, prior=prior)
         error = (MisconfigurationException, ValueError)
         for fit in (
@@ -337,7 +365,7 @@ def test_cached_ids_that_the_model_does_not_have_are_refused(tiny_llama: Make) -
     ids, log_probs = torch.full((4, 11, 1), 40), torch.zeros(4, 11, 2)
     buffer.add(ReplayRows(torch.full((4, 12), 5), torch.full((4,), 12), None, ids, log_probs))
     module = PlainDescent(tiny_llama())
-    trainer = quiet_trainer(callbacks=[SelfGeneratedReplay(reference="cached", reference_top_k=1)])
+    trainer = quiet_trainer(callbacks=[SelfGeneratedReplay(reference=Cached(top_k=1))])
     data = ReplayDataModule(mapping_loader(), 0.2, buffer=buffer)
     unchanged(module, MisconfigurationException, "token id 40", lambda: trainer.fit(module, datamodule=data))
 
@@ -413,15 +441,18 @@ def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) 
     module = PlainDescent(tiny_llama(bos_token_id=None, eos_token_id=None))
     for options, message in (
         ({}, r"Samples begin with .* neither a tokenizer nor the configuration .*`prompts=\[\[token_id\]\]`"),
-        ({"prompts": [[5]], "stop_at_eos": True}, "needs to know the end token, but neither a tokenizer nor"),
-        ({"prompts": "chat"}, "needs a tokenizer with a chat template"),
+        (
+            {"sampling": Sampling(prompts=[[5]], stop_at_eos=True)},
+            "needs to know the end token, but neither a tokenizer nor",
+        ),
+        ({"sampling": Sampling(prompts="chat")}, "needs a tokenizer with a chat template"),
     ):
         trainer = quiet_trainer(callbacks=[SelfGeneratedReplay(**options)])
         data = ReplayDataModule(text(stories), 0.2)
         unchanged(module, MisconfigurationException, message, lambda: trainer.fit(module, datamodule=data))  # noqa: B023
-    given = SelfGeneratedReplay(prompts=["w5 w6"], refill_rows=4)
+    given = SelfGeneratedReplay(refill_rows=4, sampling=Sampling(prompts=["w5 w6"]))
     quiet_trainer(max_steps=2, callbacks=[given]).fit(module, datamodule=ReplayDataModule(text(stories), 0.2))
-    assert given.refiller.generator.rows == 4
+    assert given.rows.generator.rows == 4
 
 
 @pytest.mark.parametrize(
@@ -468,7 +499,7 @@ def test_an_empty_training_set_trains_nothing(tiny_llama: Make) -> None:
     loader: DataLoader[Any] = DataLoader([], batch_size=4)  # type: ignore[arg-type]
     quiet_trainer(callbacks=[replay]).fit(module, datamodule=ReplayDataModule(loader, 0.2))
     assert not module.batches
-    assert replay.refiller.generator.rows == 0
+    assert replay.rows.generator.rows == 0
 
 
 @pytest.mark.parametrize("kind", ["again", "for ever"])
@@ -541,18 +572,30 @@ def ones(rows: int, length: int) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"sampler": sampled(None)}, TypeError, "`sampler` returned None; for 2 samples of 24 tokens"),
-        ({"sampler": sampled(["a text"])}, TypeError, r"`sampler` returned \['a text'\]"),
         (
-            {"sampler": sampled(lambda *shape: ones(*shape) * VOCABULARY)},
+            {"sampling": Sampling(sampler=sampled(None))},
+            TypeError,
+            "`sampler` returned None; for 2 samples of 24 tokens",
+        ),
+        ({"sampling": Sampling(sampler=sampled(["a text"]))}, TypeError, r"`sampler` returned \['a text'\]"),
+        (
+            {"sampling": Sampling(sampler=sampled(lambda *shape: ones(*shape) * VOCABULARY))},
             MisconfigurationException,
             "`sampler` returned the token id 32",
         ),
-        ({"sampler": sampled(lambda *shape: -ones(*shape))}, ValueError, "at least 0; got -1"),
-        ({"sampler": sampled(ones, lengths=torch.tensor([1]))}, TypeError, r"`lengths` have not the shape \(2,\)"),
-        ({"sampler": sampled(ones, drawn=None)}, TypeError, r"`drawn` have not the shape \(2, 24\)"),
-        ({"filters": [lambda samples: None]}, TypeError, "The filter 'lambda' returned None"),
-        ({"filters": [lambda samples: samples.tokens]}, TypeError, "The filter 'lambda' returned torch.int64"),
+        ({"sampling": Sampling(sampler=sampled(lambda *shape: -ones(*shape)))}, ValueError, "at least 0; got -1"),
+        (
+            {"sampling": Sampling(sampler=sampled(ones, lengths=torch.tensor([1])))},
+            TypeError,
+            r"`lengths` have not the shape \(2,\)",
+        ),
+        ({"sampling": Sampling(sampler=sampled(ones, drawn=None))}, TypeError, r"`drawn` have not the shape \(2, 24\)"),
+        ({"sampling": Sampling(filters=[lambda samples: None])}, TypeError, "The filter 'lambda' returned None"),
+        (
+            {"sampling": Sampling(filters=[lambda samples: samples.tokens])},
+            TypeError,
+            "The filter 'lambda' returned torch.int64",
+        ),
         ({"coefficient": lambda step: None}, ValueError, "schedule `coefficient` returned for step 0 .*got None"),
         ({"coefficient": lambda step: "10"}, ValueError, "schedule `coefficient` returned .*got '10'"),
         ({"coefficient": lambda step: math.nan}, ValueError, "schedule `coefficient` returned .*got nan"),

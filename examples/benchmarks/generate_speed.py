@@ -18,7 +18,7 @@ import torch
 from replay_cost import MODELS
 from transformers import AutoModelForCausalLM
 
-from lightning_replay import RowOptions, generate_rows
+from lightning_replay import generate_rows
 from lightning_replay.buffers.shards import Manifest
 
 SIZES = {"25M": "Llama, 25M", "125M": "Llama, 125M"}
@@ -42,7 +42,7 @@ def measure(model: Path, rows: int, length: int, top_k: int) -> dict[str, Any]:
     table = 0 if tied else loaded.get_input_embeddings().weight.numel()
     parameters = sum(weight.numel() for weight in loaded.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        made = generate_rows(RowOptions(str(model), rows, length, reference_top_k=top_k), folder, threads=1)
+        made = generate_rows(str(model), rows, folder, sequence_length=length, reference_top_k=top_k, threads=1)
         size = sum(shard.bytes for shard in Manifest.read(Path(folder)).shards.values())
     speed = rows / made.seconds
     return {

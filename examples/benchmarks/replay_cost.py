@@ -31,7 +31,15 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lightning_replay import CausalLM, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay, sample_rows
+from lightning_replay import (
+    CausalLM,
+    Copy,
+    ReplayBuffer,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+    sample_rows,
+)
 from lightning_replay.models.language_model import evaluating, find_language_model
 
 LENGTH = 128
@@ -151,11 +159,10 @@ def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
         "no replay": lambda: fit(model, steps, None, 0.0),
         "plugin attached, `replay_fraction=0`": arm(0.0),
         "KL, 16 new + 4 replay rows": arm(0.2),
-        "the same, `forward='joint'`": arm(0.2, forward="joint"),
         "the same, `background=True`": arm(0.2, background=True),
         "the same, `reference='cached'`": arm(0.2, reference="cached"),
-        "the same, `reference_dtype='bfloat16'`": arm(0.2, reference_dtype="bfloat16"),
-        "the same, samples of one row's length": arm(0.2, sample_length=LENGTH),
+        "the same, `reference=Copy(dtype='bfloat16')`": arm(0.2, reference=Copy(dtype="bfloat16")),
+        "the same, samples of one row's length": arm(0.2, sampling=Sampling(length=LENGTH)),
         "next-token loss, 16 + 4": arm(0.2, loss="ntp"),
         "KL, 16 new + 16 replay rows": arm(0.5),
         "the same, `background=True` (16 + 16)": arm(0.5, background=True),

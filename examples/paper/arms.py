@@ -9,6 +9,8 @@ import numpy as np
 from experiments import Lab, cell, table
 from runs import Finetuning, Trajectory, forgetting
 
+from lightning_replay import KL, Sampling
+
 PLAIN = "plain finetuning"
 
 
@@ -36,7 +38,7 @@ class Arm:
         rate = lab.learning_rate / self.slowness
         replay = self.replay
         if replay is not None and self.from_start:
-            replay = {**replay, "sample_length": lab.scale.length}
+            replay = {**replay, "sampling": Sampling(length=lab.scale.length)}
         return lab.finetuning(seed, learning_rate=rate, replay=replay, replayed=replayed, **self.changes)
 
 
@@ -65,11 +67,11 @@ ARMS: dict[str, Arm] = {
     "KL on new rows × 0.1": Arm({"loss": "lwf", "coefficient": 0.1}),
     "next-token × 3": Arm(_next_token(3.0)),
     "mixed": Arm({"loss": "mixed"}),
-    "reverse KL × 10": Arm(_kl(10.0, divergence="reverse")),
-    "Jensen–Shannon × 40": Arm(_kl(40.0, divergence="jensen_shannon")),
+    "reverse KL × 10": Arm(_kl(10.0, loss=KL(direction="reverse"))),
+    "Jensen–Shannon × 40": Arm(_kl(40.0, loss=KL(direction="jensen_shannon"))),
     "KL × 10, cached, k = 64": Arm(_kl(10.0, reference="cached")),
     "KL × 10, rows from the start token": Arm(_kl(10.0), from_start=True),
-    "KL × 10, documents stop and are packed": Arm(_kl(10.0, stop_at_eos=True)),
+    "KL × 10, documents stop and are packed": Arm(_kl(10.0, sampling=Sampling(stop_at_eos=True))),
     "KL × 10, live rows": Arm(_kl(10.0, source="live")),
     "next-token × 1, live rows": Arm(_next_token(1.0, source="live")),
     "KL × 10, moving average": Arm(_kl(10.0, reference="ema")),

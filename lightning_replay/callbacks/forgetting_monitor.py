@@ -20,7 +20,8 @@ from lightning_replay.data.batches import Batches, right_padded
 from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
-from lightning_replay.references.keeper import ReferenceCheckpoint, ReferenceKeeper
+from lightning_replay.references.keeper import ReferenceKeeper
+from lightning_replay.references.kinds import Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.validation import check_package, is_whole
@@ -65,7 +66,8 @@ class ForgettingMonitor(Callback):
             ``SelfGeneratedReplay`` where that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
             left out, as in ``SelfGeneratedReplay``.
-        reference_checkpoint: Where a copy of its own is saved, as for ``SelfGeneratedReplay``.
+        save_reference: Where a copy of its own is saved: ``"inside"`` each checkpoint or ``"beside"`` them, as for
+            ``Copy``.
 
     Raises:
         TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.
@@ -89,7 +91,7 @@ class ForgettingMonitor(Callback):
         max_batches: int | None = None,
         kl: bool = True,
         language_model: str | None = None,
-        reference_checkpoint: ReferenceCheckpoint = "inside",
+        save_reference: Save = "inside",
     ) -> None:
         sets = list(prior.items() if isinstance(prior, Mapping) else _pairs(prior))
         names = [name for name, _ in sets]
@@ -120,7 +122,7 @@ class ForgettingMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self._own_reference = ReferenceKeeper(checkpoint=reference_checkpoint, owner=",".join(sorted(names)))
+        self._own_reference = ReferenceKeeper(Copy(save=save_reference), owner=",".join(sorted(names)))
         self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1

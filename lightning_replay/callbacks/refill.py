@@ -1,9 +1,9 @@
-"""Keeping the replay buffer supplied: when its rows are used up, new ones are sampled, at once or ahead of time."""
+"""Rows sampled from a model: when all are used, new ones are sampled, at once or ahead of time."""
 
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
@@ -17,8 +17,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
-from lightning_replay.data.batches import row_length
-from lightning_replay.data.replay import ReplayDataModule
+from lightning_replay.data.batches import row_length, rows_in
+from lightning_replay.data.feed import RowFeed
+from lightning_replay.data.sources import RowSource
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.cached import cache_reference
 from lightning_replay.references.models import FrozenCopy, ReferenceModel
@@ -28,10 +29,10 @@ from lightning_replay.utilities.logging import log_samples, log_values, next_ste
 from lightning_replay.utilities.progress import refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
-__all__ = ["Refiller", "Supply"]
+__all__ = ["SampledRows", "Supply"]
 
 _REFILL_ROWS = 256
-"""Rows of a refill, where the user leaves it to us."""
+"""Rows of a refill with ``"auto"``."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 _FAILURES = 3
@@ -40,27 +41,29 @@ _FAILURES = 3
 
 @dataclass(frozen=True)
 class Supply:
-    """Where the rows of a fit come from and go to.
+    """What the rows of a fit are sampled from.
 
     Attributes:
         trainer: The Trainer.
         model: The model that trains.
-        data: The datamodule, which holds the buffer.
+        feed: Draws the rows.
         source: The model to sample.
-        tokenizer: What turns samples into text; None where there is none.
+        tokenizer: Turns samples into text; None if there is none.
         seed: Seed of all samples and of the order in which they are drawn.
         lasting: Whether the source is gone as soon as the model trains, so that the rows of one refill have to last.
-        resumed: Whether the fit goes on from a checkpoint, or from an earlier fit's reference.
+        resumed: What has trained the model since the source was taken, if anything has.
+        previews: How many rows of each refill to log as text.
     """
 
     trainer: pl.Trainer
     model: LanguageModel
-    data: ReplayDataModule
+    feed: RowFeed
     source: ReferenceModel
     tokenizer: Any
     seed: int
     lasting: bool
     resumed: str | None
+    previews: int
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,21 @@ class _Made:
     seconds: float
 
 
-class Refiller:
-    """Samples rows when the buffer needs them.
+class SampledRows(RowSource):
+    """Samples rows when they are needed.
 
-    A refill reaches the buffer whole or not at all. Where one fails, the rows of the one before are used again, a
-    warning says why, and the next one is tried when they are used up; after three failures in a row the run ends.
+    A refill reaches the buffer whole or not at all. If one fails, the rows of the one before are used again, a warning
+    gives the reason, and the next one is tried when they are used up; after three failures in a row the run ends.
 
     Args:
-        generator: What makes rows.
-        rows: Rows to sample at a time; ``"auto"``: up to 256, in even parts of what the run uses, or all of it where
-            rows have to last.
+        generator: Makes the rows.
+        rows: Rows to sample at a time. ``"auto"``: up to 256, in even parts of what the run uses, or all of it if they
+            have to last.
         length: Tokens in a row; by default those of a row of the first batch.
         uses: How often each row is used.
         top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
-        temperature: That of the kept log-probabilities.
+        temperature: Divides the logits before these log-probabilities are taken.
         background: Whether to sample the next refill in a thread while the model trains.
-        previews: How many rows of each refill to log as text.
     """
 
     def __init__(
@@ -100,7 +102,6 @@ class Refiller:
         top_k: int,
         temperature: float,
         background: bool,
-        previews: int,
     ) -> None:
         self.generator = generator
         self.rows = rows
@@ -109,58 +110,110 @@ class Refiller:
         self.top_k = top_k
         self.temperature = temperature
         self.background = background
-        self.previews = previews
-        self._own_buffer: ReplayBuffer | None = None
+        self.buffer: ReplayBuffer | None = None
+        """The rows that are drawn from; made at the first draw unless the user gave one."""
+        self._given: ReplayBuffer | None = None
+        self._supply: Supply | None = None
         self._failures = 0
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: Future[_Made] | None = None
         self._stop = Event()
 
-    def begin(self, supply: Supply) -> None:
-        """Fill the buffer of a datamodule from now on.
+    def begin(self, supply: Supply, buffer: ReplayBuffer | None) -> None:
+        """Sample for a fit.
+
+        Args:
+            supply: What to sample.
+            buffer: The user's own buffer to fill, if any.
 
         Raises:
             MisconfigurationException: If rows are to be made in the background and can't be.
         """
-        self._failures = 0
-        if self.background and supply.data.processes.size > 1:
+        processes = supply.feed.processes
+        if self.background and processes.size > 1:
             raise MisconfigurationException(
-                "`background=True` samples in a thread, and several processes, "
-                f"{supply.data.processes.size} here, have to meet to share what they sampled. Leave it out: each "
-                "samples only its part."
+                f"`background=True` samples in a thread, and the {processes.size} processes of this run have to "
+                "exchange what they sampled. Leave it out: each process samples only its part."
             )
-        if self.background and not (type(supply.source) is FrozenCopy and self.generator.sampler is None):
+        if self.background and not (type(supply.source) is FrozenCopy and self.generator.sampling.sampler is None):
             raise MisconfigurationException(
                 "`background=True` samples a frozen copy of the model in a thread of its own. It goes with "
                 "`source='reference'`, `reference='copy'` and no `sampler`: another source changes while the model "
                 "trains, and a sampler of your own may draw from the global random state. Leave it out."
             )
-        supply.data.refill = functools.partial(self._refill, supply)
+        self._failures = 0
+        self._supply = supply
+        self._given = buffer
+        if buffer is not None:
+            self.buffer = buffer
 
     def end(self) -> None:
         """Give up what is under way; no row of it has reached the buffer."""
         self._stop.set()
         if self._worker is not None:
             self._worker.shutdown(wait=True)
-        self._worker = self._ahead = None
+        self._worker = self._ahead = self._supply = None
         self._stop = Event()
 
-    def forget(self, data: ReplayDataModule) -> None:
-        """Begin with an empty buffer, unless it is the user's own."""
-        if data.buffer is self._own_buffer:
-            data.buffer = None
+    def forget(self) -> None:
+        """Begin without rows, as if none had been sampled."""
+        self.buffer = None
+
+    def draw(self, rows: int, batch: Any) -> ReplayRows:
+        """Draw rows; when all have been used as often as they may be, sample new ones."""
+        supply = self._supply
+        assert supply is not None
+        parts: list[ReplayRows] = []
+        while rows:
+            if not self._left(rows, supply):
+                self._refill(supply, batch)
+            assert self.buffer is not None
+            parts.append(self.buffer.draw(min(rows, self._left(rows, supply))))
+            rows -= len(parts[-1].tokens)
+        return ReplayRows.cat(parts)
+
+    def measures(self) -> dict[str, float]:
+        """What to log of the buffer and of sampling so far."""
+        if self.buffer is None:
+            return {}
+        generator = self.generator
+        return {
+            "replay/buffer_fill": len(self.buffer) / self.buffer.capacity,
+            "replay/sampling_seconds": generator.seconds,
+            "replay/rows_sampled": float(generator.rows),
+        } | {f"replay/dropped/{name}": float(number) for name, number in generator.dropped.items()}
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens in all rows sampled so far."""
+        return 0 if self.buffer is None else self.generator.rows * self.buffer.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampled rows. The state of a buffer that the user gave is the datamodule's to keep."""
+        own = self.buffer if self._given is None else None
+        return {"buffer": None if own is None else own.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the saved rows."""
+        self.buffer = None if state["buffer"] is None else ReplayBuffer.from_state_dict(state["buffer"])
+
+    def _left(self, wanted: int, supply: Supply) -> int:
+        """How many of the rows wanted the buffer has to give."""
+        if not self.buffer:
+            return 0
+        return wanted if supply.lasting else self.buffer.left(self.uses)
 
     def _refill(self, supply: Supply, batch: Any) -> None:
         """Put new rows in the place of the used ones."""
-        data, trainer = supply.data, supply.trainer
-        if data.buffer is None:
-            data.buffer = self._own_buffer = self._new_buffer(supply, batch)
-        buffer = data.buffer
-        rows = min(buffer.capacity, self._rows(supply, batch))
+        trainer = supply.trainer
+        if self.buffer is None:
+            self.buffer = self._new_buffer(supply, batch)
+        buffer = self.buffer
+        rows = buffer.capacity if supply.lasting else min(buffer.capacity, self._refill_rows(supply, batch))
         if supply.lasting and supply.resumed is not None:
             raise MisconfigurationException(
                 "`reference='cached'` samples all rows before the first step, and the model that they come from is "
-                f"gone: {supply.resumed} has trained it. Resume from a full checkpoint, keep the datamodule of the "
+                f"gone: {supply.resumed} has trained it. Resume from a full checkpoint, keep the callback of the "
                 "first fit, or use another reference."
             )
         first = not self.generator.rows
@@ -170,7 +223,7 @@ class Refiller:
             self._keep_old_rows(buffer, trainer.global_step, error)
             return
         self._failures = 0
-        # Interrupted between the two, a run that goes on skips this refill's samples; it never draws them twice.
+        # Interrupted between the two, a run that continues skips this refill's samples; it never draws them twice.
         self.generator = made.generator
         buffer.add(made.rows, step=trainer.global_step)
         if self.background:
@@ -184,7 +237,7 @@ class Refiller:
         self._log(supply, made)
 
     def _next(self, supply: Supply, rows: int, buffer: ReplayBuffer) -> _Made:
-        """The next refill, which may have been made ahead; what is waited for counts as time spent."""
+        """The next refill, which may have been made ahead; time spent waiting for it counts as sampling."""
         if self._ahead is None and self.background and len(buffer):
             # After a resume or a failure: made as it would have been ahead, on one thread, to the last bit.
             self._ahead = self._begin_ahead(supply, rows, buffer)
@@ -194,7 +247,7 @@ class Refiller:
             made = ahead.result()
             made.generator.seconds = self.generator.seconds + time.perf_counter() - started
             return made
-        processes = supply.data.processes
+        processes = supply.feed.processes
         tokens = rows * buffer.length // (1 if processes.lockstep else processes.size)
         with isolate_rng(), refill_bar(supply.trainer, tokens) as advance:
             made = self._make(supply, self.generator.fork(), rows, buffer, advance)
@@ -228,16 +281,16 @@ class Refiller:
         buffer: ReplayBuffer,
         advance: Callable[[int], Any],
     ) -> _Made:
-        started, processes = time.perf_counter(), supply.data.processes
+        started, processes = time.perf_counter(), supply.feed.processes
         with supply.source.active() as active:
             made, quality = generator.generate(active, rows, buffer.length, supply.seed, advance, processes)
-            if buffer.top_k:  # each process by itself: one forward a row costs less than to send what it says
+            if buffer.top_k:  # on each rank by itself: one forward a row costs less than sending its results
                 cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
                 made = processes.together(cache)
         return _Made(made, quality, generator, time.perf_counter() - started)
 
     def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
-        """Go on with the rows that are there, where there are any and not too many refills have failed."""
+        """Go on with the rows that are there, if there are any and not too many refills have failed."""
         self._failures += 1
         hopeless = isinstance(error, (MemoryError, MisconfigurationException, LostProcessError))
         if hopeless or not len(buffer) or self._failures == _FAILURES:
@@ -253,31 +306,29 @@ class Refiller:
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        length = self.length or max(length for (length,) in supply.data.processes.numbers(row_length(batch)))
+        length = self.length or max(length for (length,) in supply.feed.processes.numbers(row_length(batch)))
         self.generator.check_length(length, supply.model)
         top_k = min(self.top_k, supply.model.vocabulary)
-        rows = self._rows(supply, batch)
+        rows = self._refill_rows(supply, batch)
         if supply.lasting and self.rows == "auto":
             rows = max(1, min(rows, _CACHED_BYTES // (length * (4 + 6 * top_k))))
         return ReplayBuffer(rows, length, seed=order_seed(supply.seed), top_k=top_k)
 
-    def _rows(self, supply: Supply, batch: Any) -> int:
+    def _refill_rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""
-        if supply.lasting and supply.data.buffer is not None:
-            return supply.data.buffer.capacity
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.trainer, supply.data, batch)
-        if supply.lasting:
-            return used or _CACHED_ROWS
+        used = _rows_of_the_run(supply.trainer, supply.feed, batch)
         if used is None:
-            return _REFILL_ROWS
-        # In even parts, so that the last refill is not sampled for a few steps alone.
+            return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
         needed = math.ceil(used / self.uses)
+        if supply.lasting:
+            return needed
+        # In even parts, so that the last refill is not sampled for a few steps alone.
         return math.ceil(needed / math.ceil(needed / _REFILL_ROWS))
 
     def _how(self, model: LanguageModel) -> str:
-        if model.has_cache or self.generator.sampler is not None:
+        if model.has_cache or self.generator.sampling.sampler is not None:
             return ""
         return (
             f"; {type(model.module).__name__} keeps nothing between calls, so each token takes a forward of the whole "
@@ -288,27 +339,26 @@ class Refiller:
         trainer, tokenizer = supply.trainer, supply.tokenizer
         step = next_step(trainer)
         log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
-        rows = made.rows.take(torch.arange(min(self.previews, len(made.rows.tokens))))
+        rows = made.rows.take(torch.arange(min(supply.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
         log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
 
 
-def _rows_of_the_run(trainer: pl.Trainer, data: ReplayDataModule, batch: Any) -> int | None:
-    """How many replay rows the whole fit will draw, in all processes, where its length is known."""
+def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | None:
+    """How many replay rows the whole fit will draw, on all ranks, if its length is known."""
     batches = float(trainer.num_training_batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
     total = min(batches * epochs, steps)
-    share = data.replay_fraction / (1 - data.replay_fraction) if data.mode == "append" else data.replay_fraction
     if math.isinf(total):
         return None
-    counts = data.processes.numbers(math.ceil(total), data.count(batch))
+    counts = feed.processes.numbers(math.ceil(total), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
-    return max(1, math.ceil(round(new_rows * share, 6)))
+    return max(1, math.ceil(round(feed.share.replay_rows(new_rows), 6)))
 
 
 def _text(sample: list[int], tokenizer: Any) -> Any:
-    """A sample as text, or as its ids where there is no tokenizer."""
+    """A sample as text, or as its ids if there is no tokenizer."""
     if tokenizer is None:
         return str(sample)
     try:

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch.nn.functional as F
@@ -12,87 +12,67 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
 from lightning_replay.data.batches import inputs_and_targets
-from lightning_replay.data.replay import ReplayDataModule
-from lightning_replay.losses import (
-    Divergence,
-    divergence_from_top_k,
-    forward_kl,
-    jensen_shannon,
-    next_token_loss,
-    reverse_kl,
-)
-from lightning_replay.models.hooks import ObservedForward, joint_forward, observed_forward
+from lightning_replay.data.feed import RowFeed
+from lightning_replay.models.hooks import ObservedForward, observed_forward
 from lightning_replay.models.language_model import LanguageModel
-from lightning_replay.references.keeper import ReferenceKeeper
+from lightning_replay.references.models import ReferenceModel
 from lightning_replay.utilities.validation import is_number
 
-__all__ = ["Forward", "ReplayObjective"]
-
-Forward = Literal["auto", "joint", "separate"]
+__all__ = ["ReplayStep"]
 
 
-class ReplayObjective:
+class ReplayStep:
     """Adds ``coefficient`` times the replay loss to what ``training_step`` returns.
 
     Args:
-        loss: ``"kl"``, ``"ntp"`` or ``"lwf"``; see ``SelfGeneratedReplay``, as for all others.
+        loss: The replay loss.
         coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step.
-        divergence: Which divergence.
-        temperature: That of the divergence.
-        reference: Keeps the reference model.
-        forward: How replay rows go through the model.
         ignore_index: The label that the user's loss leaves out.
 
     Attributes:
-        last_loss: The replay loss of the last step, without the coefficient, on the rows of this process; None as long
-            as there was none.
+        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None if there
+            was none yet.
         last_coefficient: What it was multiplied by.
-        seconds: Wall-clock time spent in forwards and losses of replay, as the host sees it: an accelerator may still
-            be at work. The backward is not in it.
+        seconds: Wall-clock time spent in forwards and losses of replay, as the host measures it: an accelerator may
+            still be at work. The backward is not included.
 
     Raises:
         ValueError: If ``coefficient`` is negative or not a number.
     """
 
-    def __init__(
-        self,
-        loss: str,
-        coefficient: float | Callable[[int], float],
-        divergence: Divergence,
-        temperature: float,
-        reference: ReferenceKeeper,
-        forward: Forward,
-        ignore_index: int,
-    ) -> None:
+    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float], ignore_index: int) -> None:
         if not callable(coefficient):
             _check_coefficient(coefficient, "`coefficient`")
         self.loss = loss
         self.coefficient = coefficient
-        self.divergence: Divergence = divergence
-        self.temperature = temperature
-        self.reference = reference
-        self.forward: Forward = forward
         self.ignore_index = ignore_index
         self.last_loss: Tensor | None = None
         self.last_coefficient = 0.0
         self.seconds = 0.0
 
     def wrap(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, data: ReplayDataModule | None
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        model: LanguageModel,
+        reference: Callable[[], ReferenceModel],
+        feed: RowFeed | None,
     ) -> Callable[[], None]:
         """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
 
         It runs wherever Lightning runs `training_step`: inside DDP's forward, inside autocast, before the loss is
-        divided for gradient accumulation. So the replay loss is scaled and synchronised as the user's is. Where several
-        processes average their gradients, each weighs its replay loss by its share of the target tokens, so that all
-        count the same.
+        divided for gradient accumulation. So the replay loss is scaled and synchronized as the user's is. If several
+        ranks average their gradients, each weighs its replay loss by its share of the target tokens, so that all count
+        the same.
 
         Args:
             trainer: The Trainer.
             pl_module: The module whose step to wrap.
             model: The language model in it.
-            data: Where replay rows are drawn; None for ``"lwf"``, which takes the new ones.
+            reference: Returns the reference model.
+            feed: Draws the replay rows; None for a loss on the new rows.
 
         Returns:
             A function that puts everything back.
@@ -102,14 +82,15 @@ class ReplayObjective:
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             step = functools.partial(original, *args, **kwargs)
-            if data is None:
-                output, loss = self._on_new_rows(trainer, model, step, args[0])
+            weight = 1.0
+            if feed is None:
+                output, loss = self._on_new_rows(model, reference, step, args[0])
             else:
-                output, loss = self._on_replay_rows(trainer, model, step, data.drawn)
+                weight = feed.weight
+                output, loss = self._on_replay_rows(model, reference, step, feed.drawn)
             if output is None or loss is None:  # None is Lightning's way to skip a step
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
-            weight = 1.0 if data is None else data.drawn_weight
             return _with_added_loss(output, self.last_coefficient * weight * loss)
 
         of_instance = vars(pl_module).get("training_step")
@@ -117,47 +98,30 @@ class ReplayObjective:
         return functools.partial(_restore_training_step, pl_module, of_instance)
 
     def _on_replay_rows(
-        self, trainer: pl.Trainer, model: LanguageModel, step: Callable[[], Any], drawn: ReplayRows | None
+        self,
+        model: LanguageModel,
+        reference: Callable[[], ReferenceModel],
+        step: Callable[[], Any],
+        drawn: ReplayRows | None,
     ) -> tuple[Any, Tensor | None]:
         """What the user's step returns, and the loss on the rows drawn for it."""
-        if drawn is None:
-            return step(), None
+        output = step()
+        if output is None or drawn is None:
+            return output, None
+        started = time.perf_counter()
         rows = drawn.to(model.device)
         tokens = rows.tokens[:, :-1]  # the last token of a row predicts nothing in it
-        if self.forward == "joint" or (self.forward == "auto" and model.device.type != "cpu"):
-            with joint_forward(model, tokens, self.ignore_index) as joint:
-                output = step()
-            if output is not None and joint.logits is None:
-                raise _never_called(model)
-            logits = joint.logits
-        else:
-            output, logits = step(), None
-        if output is None:
-            return None, None
-        started = time.perf_counter()
-        loss = self._replay_loss(trainer, model, model.logits(tokens) if logits is None else logits, rows)
+
+        def reference_logits() -> Tensor:
+            with reference().active() as active:
+                return active.logits(tokens)
+
+        loss = self.loss(model.logits(tokens), rows, reference_logits)
         self.seconds += time.perf_counter() - started
         return output, loss
 
-    def _replay_loss(self, trainer: pl.Trainer, model: LanguageModel, logits: Tensor, rows: ReplayRows) -> Tensor:
-        """The loss on replay rows, from the model's logits after each of their tokens but the last."""
-        if self.loss == "ntp":
-            return next_token_loss(logits, rows.tokens[:, 1:], rows.targets_mask)
-        if rows.top_ids is not None and rows.top_log_probs is not None:
-            return divergence_from_top_k(
-                logits,
-                rows.top_ids,
-                rows.top_log_probs,
-                rows.targets_mask,
-                kind=self.divergence,
-                temperature=self.temperature,
-            )
-        with self.reference.get(trainer, model).active() as reference:
-            reference_logits = reference.logits(rows.tokens[:, :-1])
-        return self._divergence(logits, reference_logits, rows.targets_mask)
-
     def _on_new_rows(
-        self, trainer: pl.Trainer, model: LanguageModel, step: Callable[[], Any], batch: Any
+        self, model: LanguageModel, reference: Callable[[], ReferenceModel], step: Callable[[], Any], batch: Any
     ) -> tuple[Any, Tensor | None]:
         """What the user's step returns, and the divergence on the rows of its own batch."""
         with observed_forward(model) as observed:
@@ -167,16 +131,12 @@ class ReplayObjective:
         if observed.logits is None:
             raise _never_called(model)
         started = time.perf_counter()
-        with self.reference.get(trainer, model).active() as reference:
-            reference_logits = observed.ask(reference)
-        mask = _new_targets(batch, observed, self.ignore_index)
-        loss = self._divergence(observed.logits, reference_logits, mask)
+        with reference().active() as active:
+            reference_logits = observed.ask(active)
+        assert isinstance(self.loss, LwF)
+        loss = self.loss.on_logits(observed.logits, reference_logits, _new_targets(batch, observed, self.ignore_index))
         self.seconds += time.perf_counter() - started
         return output, loss
-
-    def _divergence(self, logits: Tensor, reference_logits: Tensor, mask: Tensor | None) -> Tensor:
-        function = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}[self.divergence]
-        return function(logits, reference_logits, mask, temperature=self.temperature)
 
     def _coefficient(self, step: int) -> float:
         if not callable(self.coefficient):

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
@@ -19,6 +20,7 @@ __all__ = [
     "right_padded",
     "row_count",
     "row_length",
+    "rows_in",
     "rows_of",
     "token_count",
 ]
@@ -50,6 +52,19 @@ def row_count(batch: Any) -> int:
         3
     """
     return _tokens(batch).shape[0]
+
+
+def rows_in(batch: Any) -> int:
+    """The number of rows in a batch of any kind; Lightning's guess if the kind is not known.
+
+    Example:
+        >>> rows_in({"question": torch.zeros(3, 8, dtype=torch.int64)})
+        3
+    """
+    try:
+        return row_count(batch)
+    except TypeError:
+        return extract_batch_size(batch)
 
 
 def row_length(batch: Any) -> int:

@@ -37,7 +37,8 @@ from lightning_replay.demo.toy_tasks import (
 from lightning_replay.metrics import average_accuracy, backward_transfer
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import evaluating
-from lightning_replay.references.keeper import Reference
+from lightning_replay.references.kinds import Cached, Reference, reference_of
+from lightning_replay.sampling.sampling import Sampling
 
 try:
     import matplotlib
@@ -228,16 +229,16 @@ def _small_transformer() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def replay_of(tasks: Sequence[str], reference: Reference = "auto", **options: Any) -> SelfGeneratedReplay:
+def replay_of(tasks: Sequence[str], reference: str | Reference = "auto") -> SelfGeneratedReplay:
     """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",
         coefficient=3.0,
         reference=reference,
-        prompts=[[task_token(task)] for task in tasks],
         sequence_length=ROW_LENGTH,
-        refill_rows="auto" if reference == "cached" else 1024,  # all that the run uses, or as many at a time
-        **options,
+        # All that the run uses, or as many at a time.
+        refill_rows="auto" if isinstance(reference_of(reference), Cached) else 1024,
+        sampling=Sampling(prompts=[[task_token(task)] for task in tasks]),
     )
 
 

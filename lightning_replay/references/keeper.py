@@ -1,7 +1,7 @@
 """Taking the reference model at fit start and carrying it through checkpoints."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,6 @@ from lightning_replay.references.models import (
 )
 from lightning_replay.references.sharded import ShardedCopy
 from lightning_replay.utilities.distributed import is_sharded
-from lightning_replay.utilities.validation import check_choice, is_number
 
 __all__ = ["Reference", "ReferenceCheckpoint", "ReferenceFrom", "ReferenceKeeper"]
 
@@ -61,29 +60,15 @@ class ReferenceKeeper:
         ValueError: If an argument is not one of those named, or ``ema_decay`` is outside [0, 1).
     """
 
-    def __init__(
-        self,
-        kind: Reference = "auto",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        since: ReferenceFrom = "fit",
-        ema_decay: float = 0.999,
-        checkpoint: ReferenceCheckpoint = "inside",
-        owner: str = "",
-    ) -> None:
-        check_choice("reference", kind, Reference)
-        if since not in get_args(ReferenceFrom):
-            raise ValueError(f"`reference_from` is 'fit' or 'first'; got {since!r}.")
-        if not is_number(ema_decay) or not 0 <= ema_decay < 1:
-            raise ValueError(f"`ema_decay` is the share that the average keeps, from 0 to below 1; got {ema_decay!r}.")
-        if checkpoint not in get_args(ReferenceCheckpoint):
-            raise ValueError(f"`reference_checkpoint` is 'inside' or 'beside'; got {checkpoint!r}.")
-        self.kind: Reference = kind
-        self.dtype = dtype
-        self.device = device
-        self.since: ReferenceFrom = since
-        self.ema_decay = ema_decay
-        self.checkpoint: ReferenceCheckpoint = checkpoint
+    def __init__(self, reference, owner=""):
+        self.reference = reference
+        dtype = getattr(reference, "dtype", None)
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.device = getattr(reference, "device", None)
+        self.kind = reference.kind
+        self.since = reference.since
+        self.ema_decay = getattr(reference, "decay", 0.999)
+        self.checkpoint = getattr(reference, "save", "inside")
         self._key = f"{_CHECKPOINT_KEY}/{owner}" if owner else _CHECKPOINT_KEY
         self._reference: FrozenCopy | ShardedCopy | DisabledAdapter | None = None
         self._restored: Mapping[str, Tensor] | None = None

@@ -2,5 +2,6 @@
 
 from lightning_replay.sampling.draw import sample_rows
 from lightning_replay.sampling.samples import Sampler, Samples
+from lightning_replay.sampling.sampling import Sampling
 
-__all__ = ["Sampler", "Samples", "sample_rows"]
+__all__ = ["Sampler", "Samples", "Sampling", "sample_rows"]

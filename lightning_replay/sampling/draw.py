@@ -32,7 +32,6 @@ def sample_rows(
     min_p: float | None = None,
     stop: Sequence[int] = (),
     reply: Sequence[int] = (),
-    compiled: bool = False,
     part: slice = slice(None),
     batch_size: int | None = None,
     shrunk: Callable[[int], Any] | None = None,
@@ -58,7 +57,6 @@ def sample_rows(
         reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
             reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
             and ``stop`` ends the second turn.
-        compiled: Whether `torch.compile` makes the model's forward; see ``Decoder``.
         part: Which of the samples to draw, where several processes share the work; all of them by default.
         batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
         shrunk: Called with each smaller batch size.
@@ -85,7 +83,7 @@ def sample_rows(
     while done < len(given):
         some = slice(done, done + batch_size)
         try:
-            decoder = Decoder(model, length, compiled)
+            decoder = Decoder(model, length)
             parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, stop, reply, progress))
             done += batch_size
             continue
@@ -95,7 +93,8 @@ def sample_rows(
             if batch_size == 1:
                 raise MemoryError(
                     f"Memory ran out while a single sample of {length} tokens was drawn. Set a smaller "
-                    "`sequence_length` or `sample_length`, or keep the reference elsewhere with `reference_device`."
+                    "`sequence_length` or `Sampling(length=...)`, or keep the reference on another device with "
+                    "`reference=Copy(device=...)`."
                 ) from error
         # Out here nothing holds on to what the failed attempt had allocated.
         garbage_collection_cuda()

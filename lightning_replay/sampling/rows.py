@@ -2,9 +2,9 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,16 @@ from torch import Tensor
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.models.language_model import LanguageModel, check_tokens
 from lightning_replay.sampling.decoder import rows_at_a_time
-from lightning_replay.sampling.draw import sample_rows, stop_tokens, truncation
-from lightning_replay.sampling.prompts import Prompts, PromptsLike, find_prompts
-from lightning_replay.sampling.samples import Filter, Sampler, Samples
+from lightning_replay.sampling.draw import sample_rows, stop_tokens
+from lightning_replay.sampling.prompts import Prompts, find_prompts
+from lightning_replay.sampling.samples import Samples
+from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.sampling.statistics import distinct_n, repetition
 from lightning_replay.utilities.distributed import Processes
 from lightning_replay.utilities.logging import filter_name
 from lightning_replay.utilities.seeds import stream
-from lightning_replay.utilities.validation import check_choice, is_whole
 
-__all__ = ["LossOn", "RowGenerator"]
-
-LossOn = Literal["sample", "answer"]
+__all__ = ["RowGenerator"]
 
 _MANY, _FEW = 8, 0.05
 """Tokens that can't be equal by chance, and the share of samples of equal ones that is no cause for worry."""
@@ -38,17 +36,8 @@ class RowGenerator:
     """Draws samples from a language model and makes replay rows of them.
 
     Args:
-        prompts: What samples begin with; see ``SelfGeneratedReplay``, as for all others.
-        sample_length: Tokens sampled in one piece.
-        temperature: Sampling temperature.
-        top_k: Truncation of the distribution.
-        top_p: Truncation of the distribution.
-        min_p: Truncation of the distribution.
-        stop_at_eos: Whether the end token ends a sample.
-        loss_on: Which tokens are targets.
-        filters: Which samples to keep.
-        sampler: A function to sample with instead of ours.
-        compile_sampling: Whether `torch.compile` makes the forward of sampling.
+        sampling: How to sample.
+        batch_size: Samples decoded at a time; by default as many as pay and as memory is meant for.
 
     Attributes:
         refills: How often rows were generated.
@@ -59,57 +48,28 @@ class RowGenerator:
         batch_size: Samples decoded at a time; None as long as that has not been found out.
     """
 
-    def __init__(
-        self,
-        prompts: PromptsLike | None = None,
-        sample_length: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_at_eos: bool = False,
-        loss_on: LossOn = "sample",
-        filters: Sequence[Filter] = (),
-        sampler: Sampler | None = None,
-        compile_sampling: bool = False,
-    ) -> None:
-        truncation(temperature, top_k, top_p, min_p)
-        if isinstance(prompts, str) and prompts != "chat":
-            raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
-        if prompts is not None and not (_is_filled(prompts) and all(map(_is_filled, prompts))):
-            raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
-        check_choice("loss_on", loss_on, LossOn)
-        if loss_on == "answer" and prompts != "chat":
-            raise ValueError("`loss_on='answer'` is for chat samples, which have one: set `prompts='chat'`.")
-        if sample_length is not None and not is_whole(sample_length, 2):
-            raise ValueError(f"`sample_length` is a number of tokens, at least 2; got {sample_length!r}.")
-        if not isinstance(filters, Sequence) or not all(callable(filter_) for filter_ in filters):
-            raise TypeError(f"`filters` is a list of functions of the samples; got {filters!r}.")
-        if sampler is not None and not callable(sampler):
-            raise TypeError(f"`sampler` is a function such as `lightning_replay.sample_rows`; got {sampler!r}.")
-        self.prompts = prompts
-        self.sample_length = sample_length
-        self.stop_at_eos = stop_at_eos or prompts == "chat"
-        self.loss_on: LossOn = loss_on
-        self.filters = list(filters)
-        self.sampler = sampler
-        self._draw = partial(
-            sample_rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, compiled=compile_sampling
-        )
-
+    def __init__(self, sampling: Sampling, batch_size: int | None = None) -> None:
+        self.sampling = sampling
         self.refills = 0
         self.samples_drawn = 0
         self.rows = 0
         self.seconds = 0.0
-        self.batch_size: int | None = None
-        self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in self.filters})
+        self.batch_size = batch_size
+        self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in sampling.filters})
         self._prompts = Prompts([], [])
         self._ends: list[int] = []
 
-    def fork(self) -> "RowGenerator":
-        """One that goes on from here by itself, and leaves this one as it is."""
+    def fork(self, refills: int | None = None, samples_drawn: int | None = None) -> "RowGenerator":
+        """A generator that continues from here by itself and leaves this one as it is.
+
+        Args:
+            refills: How often rows were generated before; by default as often as by this one.
+            samples_drawn: Samples drawn before; by default as many as by this one.
+        """
         other = copy.copy(self)
         other.dropped = self.dropped.copy()
+        other.refills = self.refills if refills is None else refills
+        other.samples_drawn = self.samples_drawn if samples_drawn is None else samples_drawn
         return other
 
     def bind(self, model: LanguageModel, tokenizer: Any) -> None:
@@ -119,11 +79,11 @@ class RowGenerator:
             MisconfigurationException: If a tokenizer, template, start or end token that is needed is missing, or the
                 model doesn't have the prompts' tokens.
         """
-        self._prompts = find_prompts(self.prompts, model, tokenizer)
+        self._prompts = find_prompts(self.sampling.prompts, model, tokenizer)
         self._ends = stop_tokens(model, tokenizer)
-        if self.prompts == "chat":
+        if self.sampling.is_chat:
             self._ends = sorted({*self._ends, self._prompts.reply[0]})
-        if self.stop_at_eos and not self._ends:
+        if self.sampling.stops_at_eos and not self._ends:
             raise MisconfigurationException(
                 "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
                 f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
@@ -139,19 +99,19 @@ class RowGenerator:
         piece = self.piece_length(length, model)
         if piece % length:
             raise MisconfigurationException(
-                f"`sample_length={piece}` is not a multiple of the {length} tokens of a replay row."
+                f"`Sampling(length={piece})` is not a multiple of the {length} tokens of a replay row."
             )
         if model.context is not None and piece > model.context:
             raise MisconfigurationException(
                 f"Samples of {piece} tokens don't fit {type(model.module).__name__}, which takes {model.context} at "
-                f"most. Set `sequence_length` (and `sample_length`) to {model.context} or fewer."
+                f"most. Set `sequence_length` (and `length` of Sampling) to {model.context} or fewer."
             )
         room = piece - len(self._prompts.reply)
         fitting = [start for start in self._prompts.starts if len(start) < room]
         if not fitting:
             raise MisconfigurationException(
                 f"Prompts of {min(map(len, self._prompts.starts))} tokens and more leave nothing to sample in samples "
-                f"of {piece}. Use shorter prompts, or set `sequence_length` or `sample_length`."
+                f"of {piece}. Use shorter prompts, or set `sequence_length` or `length` of Sampling."
             )
         if len(fitting) < len(self._prompts.starts):
             rank_zero_warn(
@@ -162,9 +122,9 @@ class RowGenerator:
 
     def piece_length(self, length: int, model: LanguageModel) -> int:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
-        if self.sample_length is not None:
-            return self.sample_length
-        cuts = self.prompts is None and (model.context is None or 2 * length <= model.context)
+        if self.sampling.length is not None:
+            return self.sampling.length
+        cuts = self.sampling.prompts is None and (model.context is None or 2 * length <= model.context)
         return 2 * length if cuts else length
 
     def generate(
@@ -198,10 +158,10 @@ class RowGenerator:
         """
         self.refills += 1
         # Of our own sampler's random numbers, each process draws all and uses those of its part.
-        shared = self.sampler is None or processes.lockstep
+        shared = self.sampling.sampler is None or processes.lockstep
         generator = stream(seed, 0 if shared else processes.rank, self.refills)
         piece = self.piece_length(length, model)
-        goal = rows * length if self.prompts == "chat" else -(-rows * length // piece) * piece
+        goal = rows * length if self.sampling.is_chat else -(-rows * length // piece) * piece
         drawn: Samples | None = None
         kept, dropped = torch.empty(0, dtype=torch.bool), Counter[str]()
         for _ in range(_ROUNDS):
@@ -264,20 +224,25 @@ class RowGenerator:
         progress: Callable[[int], Any],
         processes: Processes,
     ) -> Samples:
+        sampling = self.sampling
         starts = [self._prompts.starts[place] for place in self._in_passes(number, seed)]
         self.samples_drawn += number
 
         def make(part: slice) -> Samples | None:
             if part.start == part.stop:
                 return None
-            if self.sampler is None:
+            if sampling.sampler is None:
                 self.batch_size = self.batch_size or rows_at_a_time(model, piece)
-                samples = self._draw(
+                samples = sample_rows(
                     model,
                     starts,
                     piece,
                     generator,
-                    stop=self._ends if self.stop_at_eos else (),
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    min_p=sampling.min_p,
+                    stop=self._ends if sampling.stops_at_eos else (),
                     reply=self._prompts.reply,
                     part=part,
                     batch_size=self.batch_size,
@@ -285,7 +250,7 @@ class RowGenerator:
                     progress=progress,
                 )
             else:
-                samples = _as_samples(self.sampler(model, starts[part], piece, generator), starts[part], piece)
+                samples = _as_samples(sampling.sampler(model, starts[part], piece, generator), starts[part], piece)
                 check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
             return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
 
@@ -311,7 +276,7 @@ class RowGenerator:
         if samples.replies is not None:
             answered = samples.replies < samples.lengths
             kept, dropped["unanswered"] = answered, int((~answered).sum())
-        for filter_ in self.filters:
+        for filter_ in self.sampling.filters:
             verdict = filter_(samples)
             if not isinstance(verdict, Tensor) or verdict.shape != kept.shape or verdict.dtype != torch.bool:
                 what = f"{verdict.dtype} {tuple(verdict.shape)}" if isinstance(verdict, Tensor) else repr(verdict)
@@ -325,16 +290,16 @@ class RowGenerator:
 
     def _tokens(self, samples: Samples, piece: int) -> int:
         """How much of a refill the samples make up, in tokens: a conversation fills a row, however short."""
-        return len(samples.tokens) * piece if self.prompts == "chat" else int(samples.lengths.sum())
+        return len(samples.tokens) * piece if self.sampling.is_chat else int(samples.lengths.sum())
 
     def _rows(self, samples: Samples, length: int) -> ReplayRows:
         """Samples as rows: cut where they are longer, packed one after another where they end by themselves."""
         real = torch.arange(samples.tokens.shape[1]) < samples.lengths.unsqueeze(1)
         targets = samples.drawn
-        if self.loss_on == "answer":
+        if self.sampling.targets == "answer":
             assert samples.replies is not None
             targets = targets & (torch.arange(samples.tokens.shape[1]) >= samples.replies.unsqueeze(1))
-        if self.prompts == "chat":
+        if self.sampling.is_chat:
             return ReplayRows(samples.tokens, samples.lengths, targets)
         tokens, targets = samples.tokens[real], targets[real]
         missing = -len(tokens) % length
@@ -368,10 +333,6 @@ class RowGenerator:
         if samples.log_probs is not None:
             measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
         return measures
-
-
-def _is_filled(values: Any) -> bool:
-    return isinstance(values, Collection) and len(values) > 0
 
 
 def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:

@@ -1,6 +1,7 @@
 """What the callbacks hand to the Trainer's loggers by themselves, because `self.log` has no time or place for it."""
 
 from collections.abc import Mapping, Sequence, Sized
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -47,7 +48,7 @@ def log_samples(trainer: pl.Trainer, texts: Sequence[str], step: int) -> None:
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as hyper-parameters: numbers and texts as they are, all else by its name.
+    """Arguments as hyper-parameters: numbers and texts as they are, dataclasses as mappings, all else by its name.
 
     Example:
         >>> plain({"coefficient": 10.0, "dtype": torch.bfloat16, "filters": [len], "prompts": [[1, 2], [3]]})
@@ -63,6 +64,10 @@ def _plain(value: Any) -> Any:
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__} | {
+            field.name: _plain(getattr(value, field.name)) for field in fields(value)
+        }
     if isinstance(value, (list, tuple)) and all(callable(part) for part in value):
         return ", ".join(map(filter_name, value))
     if callable(value):

@@ -16,10 +16,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_replay import (
+    KL,
+    Cached,
     ReplayBuffer,
     ReplayDataModule,
     ReplayShards,
-    RowOptions,
+    Sampling,
     SelfGeneratedReplay,
     generate_rows,
 )
@@ -39,8 +41,8 @@ def folder(tmp_path: Path, tiny_llama: Maker) -> Path:
 
 def generated(tmp_path: Path, tiny_llama: Maker, rows: int = 21, **changes: Any) -> Path:
     tiny_llama().save_pretrained(tmp_path / "model")
-    options = {"sequence_length": LENGTH, "shard_rows": 6, "reference_top_k": 4, "seed": 5} | changes
-    generate_rows(RowOptions(str(tmp_path / "model"), rows, **options), tmp_path / "rows")
+    options: dict[str, Any] = {"sequence_length": LENGTH, "shard_rows": 6, "reference_top_k": 4, "seed": 5} | changes
+    generate_rows(str(tmp_path / "model"), rows, tmp_path / "rows", **options)
     return tmp_path / "rows"
 
 
@@ -70,7 +72,7 @@ def test_training_on_generated_rows_is_training_on_sampled_ones_to_the_last_bit(
     folder = generated(tmp_path, tiny_llama, 12)
     options: dict[str, Any] = {"loss": how if how in ("ntp", "mixed") else "kl"}
     if how == "cached":
-        options |= {"reference": "cached", "reference_top_k": 4}
+        options |= {"reference": Cached(top_k=4)}
     if how == "uses":
         options |= {"uses_per_sample": 2}
     rows = 12 if how == "cached" else 6  # log-probabilities of all rows are cached before the first step
@@ -83,9 +85,10 @@ def test_training_on_generated_rows_is_training_on_sampled_ones_to_the_last_bit(
     assert read == sampled
     assert torch.equal(weights(module), weights(expected))
     assert module.losses == expected.losses
-    assert replay.refiller.generator.rows == 0
-    assert data.buffer is not None
-    assert len(data.buffer) == rows
+    assert replay.rows.generator.rows == 0
+    assert data.shards is not None
+    assert data.shards.buffer is not None
+    assert len(data.shards.buffer) == rows
 
 
 def test_each_row_is_used_once_in_the_folder_s_order_then_again_with_a_note(folder: Path, tiny_llama: Maker) -> None:
@@ -195,9 +198,13 @@ def test_a_fresh_adapter_leaves_the_model_the_one_that_wrote_the_rows(folder: Pa
             "have 12 tokens, but LlamaForCausalLM takes 8 at most. Generate rows with",
         ),
         ({"sequence_length": 10}, {}, "`sequence_length=10`, but the rows in .* have 12 tokens. Leave it out, or gen"),
-        ({"reference": "cached", "divergence_temperature": 2.0}, {}, "in .* were taken at 1.0. Set the same, or gener"),
+        ({"loss": KL(temperature=2.0), "reference": "cached"}, {}, "in .* were taken at 1.0. Set the same, or gener"),
         ({"source": "live"}, {}, r"told how to sample \(`source='live'`\), and with .* nothing is sampled. Leave out"),
-        ({"filters": [Duplicates()], "prompts": [[3]]}, {}, r"told how to sample \(`prompts`, `filters`\)"),
+        (
+            {"sampling": Sampling(filters=[Duplicates()], prompts=[[3]])},
+            {},
+            r"told how to sample \(`sampling.prompts`, `sampling.filters`\)",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_the_run_are_refused_before_the_first_step(

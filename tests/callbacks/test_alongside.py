@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.by_hand import ByHand, weights
 from tests.helpers.modules import DrawnRows, PlainDescent, Rows, UserModule, mapping_loader, quiet_trainer
 
@@ -33,7 +33,9 @@ def one_thread(same_every_time: None) -> None:
 
 
 def replay_of(loss: Any = "kl", **options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(loss, **{"coefficient": 2.0, "refill_rows": 8, "sample_length": 12, "seed": 3} | options)
+    return SelfGeneratedReplay(
+        loss, **{"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)} | options
+    )
 
 
 def monitor_of(**options: Any) -> ForgettingMonitor:
@@ -91,7 +93,7 @@ def test_training_equals_a_loss_written_by_hand_under(tiny_llama: Make, name: st
     by_hand = {}
     for coefficient in (0.0, 10.0):
         model = tiny_llama()
-        module = ByHand(configure(model), tiny_llama(), drawn.rows, "kl", coefficient, joint=False)
+        module = ByHand(configure(model), tiny_llama(), drawn.rows, "kl", coefficient)
         module.learning_rate = RATE
         plain = quiet_trainer(callbacks=callbacks(), **options)
         plain.fit(module, mapping_loader())
@@ -107,7 +109,7 @@ def test_in_16_bits_the_replay_loss_is_the_one_by_hand(tiny_llama: Make) -> None
     ours, theirs, drawn = PlainDescent(tiny_llama()), tiny_llama(), DrawnRows()
     trainer = quiet_trainer(callbacks=[replay_of(), drawn, monitor_of()], precision="bf16-mixed")
     trainer.fit(ours, datamodule=ReplayDataModule(mapping_loader(), 0.2))
-    by_hand = ByHand(theirs, tiny_llama(), drawn.rows, "kl", 2.0, joint=False)
+    by_hand = ByHand(theirs, tiny_llama(), drawn.rows, "kl", 2.0)
     quiet_trainer(precision="bf16-mixed").fit(by_hand, mapping_loader())
     moved = float((weights(theirs) - weights(tiny_llama())).abs().max())
     assert float((weights(ours.model) - weights(theirs)).abs().max()) < 0.01 * moved
@@ -136,7 +138,7 @@ def test_sampling_does_not_compile_a_compiled_module_anew(tiny_llama: Make) -> N
 
         torch._dynamo.reset()
         module = UserModule(torch.compile(tiny_llama(), backend=count, dynamic=False))  # type: ignore[arg-type]
-        replay = replay_of("ntp", source="live", sample_length=24)
+        replay = replay_of("ntp", source="live", sampling=Sampling(length=24))
         quiet_trainer(callbacks=[replay], max_steps=2).fit(
             module, datamodule=ReplayDataModule(mapping_loader(), fraction)
         )
@@ -323,7 +325,7 @@ def test_an_error_in_the_user_s_step_leaves_a_run_that_can_begin_again(tiny_llam
             return super().loss(batch)
 
     failed, module, data = weights(tiny_llama()), Fails(tiny_llama()), ReplayDataModule(mapping_loader(), 0.2)
-    callbacks = [replay_of(forward="joint"), monitor_of()]
+    callbacks = [replay_of(), monitor_of()]
     with pytest.raises(RuntimeError, match="the user's own"):
         quiet_trainer(callbacks=callbacks).fit(module, datamodule=data)
     assert not module.model._forward_hooks
@@ -335,8 +337,8 @@ def test_an_error_in_the_user_s_step_leaves_a_run_that_can_begin_again(tiny_llam
     # From the same start it trains as if nothing had happened.
     module.model.load_state_dict(tiny_llama().state_dict())
     module.fails, fresh = False, UserModule(tiny_llama())
-    data, callbacks = ReplayDataModule(mapping_loader(), 0.2), [replay_of(forward="joint"), monitor_of()]
+    data, callbacks = ReplayDataModule(mapping_loader(), 0.2), [replay_of(), monitor_of()]
     quiet_trainer(callbacks=callbacks).fit(module, datamodule=data)
-    data, callbacks = ReplayDataModule(mapping_loader(), 0.2), [replay_of(forward="joint"), monitor_of()]
+    data, callbacks = ReplayDataModule(mapping_loader(), 0.2), [replay_of(), monitor_of()]
     quiet_trainer(callbacks=callbacks).fit(fresh, datamodule=data)
     assert torch.equal(weights(module), weights(fresh))

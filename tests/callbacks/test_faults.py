@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ReplayBuffer, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import Copy, ReplayBuffer, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.by_hand import weights
 from tests.helpers.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
 
@@ -84,7 +84,7 @@ class Fails:
 
 def run(make: Make, sampler: Any, steps: int, **options: Any) -> tuple[DrawnRows, ReplayDataModule, L.Trainer]:
     drawn, data = DrawnRows(), ReplayDataModule(mapping_loader(), 0.2)
-    replay = SelfGeneratedReplay("ntp", sampler=sampler, refill_rows=4, sample_length=12, seed=3, **options)
+    replay = SelfGeneratedReplay("ntp", refill_rows=4, seed=3, **options, sampling=Sampling(sampler=sampler, length=12))
     trainer = quiet_trainer(callbacks=[replay, drawn], max_steps=steps)
     trainer.fit(UserModule(make()), datamodule=data)
     return drawn, data, trainer
@@ -153,7 +153,7 @@ def test_rows_of_a_model_that_gives_no_number_are_refused_and_the_step_is_named(
     tiny_llama: Make, number: float
 ) -> None:
     drawn, data = DrawnRows(), ReplayDataModule(mapping_loader(), 0.2)
-    replay = SelfGeneratedReplay("ntp", source="live", refill_rows=4, sample_length=12, seed=3)
+    replay = SelfGeneratedReplay("ntp", source="live", refill_rows=4, seed=3, sampling=Sampling(length=12))
     trainer = quiet_trainer(callbacks=[replay, drawn, Spoils(2, number)], max_steps=6)
     with pytest.warns(UserWarning, match="refill at step 2 failed with FloatingPointError: The model gave NaN"):
         trainer.fit(UserModule(tiny_llama()), datamodule=data)
@@ -287,7 +287,7 @@ def room_for_files_of(size: int) -> Iterator[None]:
 
 def test_a_disk_that_is_full_leaves_the_old_files_whole(tiny_llama: Make, tmp_path: Path) -> None:
     def trained(model: LlamaForCausalLM) -> L.Trainer:
-        replay = SelfGeneratedReplay(refill_rows=8, reference_checkpoint="beside")
+        replay = SelfGeneratedReplay(refill_rows=8, reference=Copy(save="beside"))
         trainer = quiet_trainer(callbacks=[replay], max_steps=1)
         trainer.fit(UserModule(model), datamodule=ReplayDataModule(mapping_loader(), 0.2))
         return trainer

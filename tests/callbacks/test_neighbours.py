@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.models.language_model import find_language_model
 from tests.helpers.by_hand import ByHand, weights
 from tests.helpers.modules import DrawnRows, PlainDescent, Rows, mapping_loader, quiet_trainer
@@ -53,7 +53,9 @@ class DataWithHyperparameters(L.LightningDataModule):
 
 
 def replay_of(**options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(**{"coefficient": 2.0, "refill_rows": 8, "sample_length": 12, "seed": 3} | options)
+    return SelfGeneratedReplay(
+        **{"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)} | options
+    )
 
 
 def monitor_of() -> ForgettingMonitor:
@@ -67,7 +69,7 @@ def figures(trainer: L.Trainer) -> dict[str, float]:
 
 FINDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "copy": ({}, {}),
-    "copy beside": ({"reference_checkpoint": "beside"}, {}),
+    "copy beside": ({"reference": Copy(save="beside")}, {}),
     "cached": ({"reference": "cached"}, {}),
     "average": ({"reference": "ema"}, {}),
     "real rows": ({}, {"prior": Rows(16, seed=5).tokens}),
@@ -270,7 +272,7 @@ def test_a_finetuning_schedule_unfreezes_as_by_hand_and_replay_goes_on(
     by_hand = {}
     for coefficient in (0.0, 2.0):
         model = tiny_llama()
-        module = ByHandInPhases(model, tiny_llama(), drawn.rows, "kl", coefficient, joint=False)
+        module = ByHandInPhases(model, tiny_llama(), drawn.rows, "kl", coefficient)
         module.learning_rate = 0.02
         quiet_trainer(**options).fit(module, mapping_loader())
         by_hand[coefficient] = weights(model)

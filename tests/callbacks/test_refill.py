@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
@@ -55,7 +55,7 @@ def test_an_error_in_the_user_s_step_ends_what_is_made_ahead(tiny_llama: Make) -
             assert refill_threads()
             raise RuntimeError("the user's own")
 
-    replay = SelfGeneratedReplay(refill_rows=256, background=True, sample_length=24, sequence_length=24)
+    replay = SelfGeneratedReplay(refill_rows=256, background=True, sequence_length=24, sampling=Sampling(length=24))
     with pytest.raises(RuntimeError, match="the user's own"):
         run(tiny_llama(), replay, Failing())
     assert not refill_threads()
@@ -68,7 +68,7 @@ def test_what_changes_while_the_model_trains_is_not_sampled_in_the_background(ti
         "adapter": {},
         "live": {"source": "live"},
         "ema": {"reference": "ema"},
-        "sampler": {"sampler": lambda *given: None},
+        "sampler": {"sampling": Sampling(sampler=lambda *given: None)},
     }
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2)) if reason == "adapter" else model
     with pytest.raises(MisconfigurationException, match="`background=True` samples a frozen copy"):
@@ -80,23 +80,27 @@ def test_what_changes_while_the_model_trains_is_not_sampled_in_the_background(ti
     [
         (6, {}, 12, 12),  # no more than the run uses
         (6, {"uses_per_sample": 2}, 6, 6),
-        (6, {"sample_length": 12}, 12, 12),
+        (6, {"sampling": Sampling(length=12)}, 12, 12),
         (3, {}, 6, 6),
     ],
 )
 def test_no_row_is_sampled_that_the_run_does_not_use(
     tiny_llama: Make, steps: int, options: dict[str, Any], sampled: int, capacity: int
 ) -> None:
-    _, rows, trainer, data = run(tiny_llama(), SelfGeneratedReplay(**options), max_steps=steps)
+    replay = SelfGeneratedReplay(**options)
+    _, rows, trainer, _ = run(tiny_llama(), replay, max_steps=steps)
     assert len(rows) == 2 * steps
     assert trainer.callback_metrics["replay/rows_sampled"] == sampled
-    assert data.buffer.capacity == capacity
+    assert replay.rows.buffer is not None
+    assert replay.rows.buffer.capacity == capacity
 
 
 def test_a_long_run_is_sampled_in_even_parts(tiny_llama: Make) -> None:
-    _, rows, trainer, data = run(tiny_llama(), SelfGeneratedReplay("ntp"), fraction=0.9, max_steps=8)
+    replay = SelfGeneratedReplay("ntp")
+    _, rows, trainer, _ = run(tiny_llama(), replay, fraction=0.9, max_steps=8)
     assert len(rows) == 8 * 72  # 576 rows in three refills of up to 256
-    assert data.buffer.capacity == 192
+    assert replay.rows.buffer is not None
+    assert replay.rows.buffer.capacity == 192
     assert trainer.callback_metrics["replay/rows_sampled"] == 576
 
 

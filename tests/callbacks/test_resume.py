@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.models.language_model import find_language_model
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 from tests.helpers.resume_run import STEPS, last_checkpoint
@@ -41,30 +41,30 @@ JOBS = {
     "kl, copy, live": job(("optimizer step", 8), source="live"),
     "kl, copy, background": job(("sampling", 5), background=True),
     "kl, copy, background, workers": job(("batch end", 8), background=True, workers=2),
-    "kl, copy, beside": job(("batch end", 8), reference_checkpoint="beside"),
-    "kl, copy, bfloat16": job(("optimizer step", 7), reference_dtype="bfloat16"),
+    "kl, copy, beside": job(("batch end", 8), reference=["Copy", {"save": "beside"}]),
+    "kl, copy, bfloat16": job(("optimizer step", 7), reference=["Copy", {"dtype": "bfloat16"}]),
     "kl, copy, workers": job(("optimizer step", 7), workers=2),
-    "kl, copy, joint": job(("sampling", 4), forward="joint"),
+    "kl, copy, joint": job(("sampling", 4)),
     "kl, adapter": job(("sampling", 5), lora=True),
     "kl, adapter, live": job(("batch start", 4), lora=True, source="live"),
-    "kl, cached": job(("optimizer step", 7), reference="cached", reference_top_k=4),
-    "kl, cached, adapter": job(("batch start", 8), lora=True, reference="cached", reference_top_k=4),
-    "kl, ema": job(("batch end", 5), reference="ema", ema_decay=0.5),
-    "kl, ema, live": job(("sampling", 5), reference="ema", ema_decay=0.5, source="live"),
+    "kl, cached": job(("optimizer step", 7), reference=["Cached", {"top_k": 4}]),
+    "kl, cached, adapter": job(("batch start", 8), lora=True, reference=["Cached", {"top_k": 4}]),
+    "kl, ema": job(("batch end", 5), reference=["EMA", {"decay": 0.5}]),
+    "kl, ema, live": job(("sampling", 5), reference=["EMA", {"decay": 0.5}], source="live"),
     "ntp, copy": job(("batch start", 7), loss="ntp", uses_per_sample=2),
     "ntp, adapter": job(("optimizer step", 7), loss="ntp", lora=True),
     "ntp, cached": job(("batch end", 7), loss="ntp", reference="cached"),
-    "ntp, ema": job(("batch start", 8), loss="ntp", reference="ema", ema_decay=0.5),
+    "ntp, ema": job(("batch start", 8), loss="ntp", reference=["EMA", {"decay": 0.5}]),
     "ntp, live, workers": job(("sampling", 5), loss="ntp", source="live", workers=2),
     "mixed, copy, workers": job(("batch start", 7), loss="mixed", workers=2),
     "mixed, adapter": job(("optimizer step", 5), loss="mixed", lora=True),
-    "mixed, ema": job(("batch end", 8), loss="mixed", reference="ema", ema_decay=0.5),
+    "mixed, ema": job(("batch end", 8), loss="mixed", reference=["EMA", {"decay": 0.5}]),
     "mixed, live": job(("sampling", 5), loss="mixed", source="live"),
     "lwf, copy": job(("batch start", 7), loss="lwf"),
     "lwf, adapter": job(("batch end", 5), loss="lwf", lora=True),
-    "lwf, ema": job(("optimizer step", 8), loss="lwf", reference="ema", ema_decay=0.5),
+    "lwf, ema": job(("optimizer step", 8), loss="lwf", reference=["EMA", {"decay": 0.5}]),
     "accumulation": job(("batch start", 4)) | {"accumulate": 2, "steps": 8},
-    "accumulation, ema": job(("batch end", 5), reference="ema", ema_decay=0.5) | {"accumulate": 2, "steps": 8},
+    "accumulation, ema": job(("batch end", 5), reference=["EMA", {"decay": 0.5}]) | {"accumulate": 2, "steps": 8},
     "replace": job(("batch start", 7)) | {"data": {"mode": "replace", "replay_fraction": 0.25}},
 }
 
@@ -138,7 +138,7 @@ def test_each_of_those_runs_takes_steps_of_its_own(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_from_outside_at_any_moment_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    options = job(("never", 0), reference_checkpoint="beside", background=True)
+    options = job(("never", 0), reference=["Copy", {"save": "beside"}], background=True)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert start([options | {"folder": str(straight)}], tmp_path).wait() == 0
     process = start([options | {"folder": str(killed), "slow": 0.1}], tmp_path)
@@ -182,7 +182,7 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def replay_of(where: Any = "inside", **options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(refill_rows=8, seed=3, reference_checkpoint=where, **options)
+    return SelfGeneratedReplay(refill_rows=8, seed=3, **options, reference=Copy(save=where))
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])
@@ -264,7 +264,7 @@ def test_a_damaged_reference_is_written_again_with_the_next_checkpoint(tiny_llam
 
 def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path) -> None:
     """The monitor's is the model at fit start, whatever the replay callback's has become since."""
-    monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, reference_checkpoint="beside")
+    monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, save_reference="beside")
     trainer, _ = fit(tiny_llama(), replay_of(reference="ema", ema_decay=0.0), None, monitor)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
@@ -282,7 +282,7 @@ def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path)
 def test_an_average_that_was_saved_before_its_step_takes_it_after_the_resume(tiny_llama: Make, tmp_path: Path) -> None:
     def run(checkpoint: Path | None) -> Tensor:
         module = UserModule(tiny_llama())
-        callbacks = [SavesAt(8, tmp_path / "half.ckpt"), replay_of(reference="ema", ema_decay=0.5)]
+        callbacks = [SavesAt(8, tmp_path / "half.ckpt"), replay_of(reference=["EMA", {"decay": 0.5}])]
         trainer = quiet_trainer(callbacks=callbacks, max_steps=12)
         trainer.fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2), ckpt_path=checkpoint)
         return weights(module)
@@ -329,7 +329,7 @@ def test_checkpoints_hold_only_what_loads_without_unpickling(tiny_llama: Make, t
         trainer, _ = fit(tiny_llama(), replay_of(**options), None, monitor)
         trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
         saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=True)
-        assert saved["ReplayDataModule"]["buffer"]["seen"] == 8
+        assert saved["lightning_replay_rows"]["buffer"]["seen"] == 8
         assert saved["callbacks"]["SelfGeneratedReplay"]["rows"] == 8
 
 
@@ -338,16 +338,19 @@ def test_a_buffer_left_out_is_sampled_again_and_the_run_says_that_it_is_not_exac
 ) -> None:
     sizes = {}
     for kept in (True, False):
-        options: dict[str, Any] = {"data": {"save_buffer": kept}}
-        trainer, _ = fit(tiny_llama(), SelfGeneratedReplay(refill_rows=4096, seed=3, sampler=quick), **options)
+        replay = SelfGeneratedReplay(refill_rows=4096, seed=3, sampling=Sampling(sampler=quick))
+        replay.save_rows = kept
+        trainer, _ = fit(tiny_llama(), replay)
         trainer.save_checkpoint(tmp_path / f"{kept}.ckpt")
         sizes[kept] = (tmp_path / f"{kept}.ckpt").stat().st_size
     # Ids, lengths and uses in 4 bytes; steps and the order of drawing in 8.
     assert sizes[True] - sizes[False] == pytest.approx(4096 * (12 * 4 + 4 + 4 + 8 + 8), rel=0.1)
-    replay = SelfGeneratedReplay(refill_rows=4096, seed=3, sampler=quick)
-    with pytest.warns(UserWarning, match=r"`ReplayDataModule\(save_buffer=False\)`.*not go on bit for bit") as warned:
-        resumed, _ = fit(tiny_llama(), replay, tmp_path / "False.ckpt", max_steps=8, data={"save_buffer": False})
-    assert sum("save_buffer" in str(warning.message) for warning in warned) == 1
+    replay = SelfGeneratedReplay(refill_rows=4096, seed=3, sampling=Sampling(sampler=quick))
+    with pytest.warns(
+        UserWarning, match=r"`SelfGeneratedReplay.save_rows = False`.*not continue bit for bit"
+    ) as warned:
+        resumed, _ = fit(tiny_llama(), replay, tmp_path / "False.ckpt", max_steps=8)
+    assert sum("save_rows" in str(warning.message) for warning in warned) == 1
     assert resumed.callback_metrics["replay/rows_sampled"] == 2 * 4096
     assert resumed.callback_metrics["replay/buffer_fill"] == 1
 

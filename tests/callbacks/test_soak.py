@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
 from tests.helpers.modules import PlainDescent, mapping_loader, quiet_trainer
 from tests.helpers.resume_run import JsonLines
 
@@ -36,7 +36,9 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         step, data = trainer.global_step, trainer.datamodule  # type: ignore[attr-defined]
-        buffer, drawn = data.buffer, data.drawn
+        (replay,) = (callback for callback in trainer.callbacks if isinstance(callback, SelfGeneratedReplay))  # type: ignore[attr-defined]
+        buffer, drawn = replay.rows.buffer, data.drawn
+        assert buffer is not None
         assert len(buffer) == buffer.capacity == 64
         # Each row once: what is left of a refill and what the steps since have drawn make it up.
         assert buffer.unused == -2 * step % 64
@@ -55,7 +57,7 @@ def test_nothing_grows_in_many_steps(
 ) -> None:
     torch.set_num_threads(1)
     watch, data = Watch(), ReplayDataModule(mapping_loader(64), 0.2)
-    replay = SelfGeneratedReplay(refill_rows=64, seed=3, background=True, reference_checkpoint="beside")
+    replay = SelfGeneratedReplay(refill_rows=64, seed=3, background=True, reference=Copy(save="beside"))
     trainer = quiet_trainer(
         max_steps=STEPS,
         logger=JsonLines(tmp_path / "logged.jsonl"),

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
+from lightning_replay import (
+    CausalLM,
+    ForgettingMonitor,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+    TextDataModule,
+)
 from lightning_replay.cli.main import main
 from lightning_replay.sampling.samples import Samples
 from tests.helpers.chat import CONVERSATION, WORDS, chat_tokenizer
@@ -249,11 +256,13 @@ def test_callbacks_of_a_config_take_functions_filters_and_prompts(
     config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
     config["trainer"]["callbacks"][0]["init_args"] = {
         "coefficient": "tests.test_lightning_cli.halved",
-        "prompts": ["hello how", "you are"],
-        "filters": [
-            {"class_path": "lightning_replay.filters.Length", "init_args": {"least": 3}},
-            "tests.test_lightning_cli.every_other",
-        ],
+        "sampling": Sampling(
+            prompts=["hello how", "you are"],
+            filters=[
+                {"class_path": "lightning_replay.filters.Length", "init_args": {"least": 3}},
+                "tests.test_lightning_cli.every_other",
+            ],
+        ),
     }
     config["data"]["prior"] = config["trainer"]["callbacks"][1]["init_args"]["prior"]["stories"]
     (workplace / "own.yaml").write_text(yaml.safe_dump(config))

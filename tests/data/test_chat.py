@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_replay import ChatDataModule, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import ChatDataModule, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.data.batches import rows_of
 from tests.helpers.chat import CONVERSATION, OPENING, SPECIAL, TURNS, WORDS, chat_tokenizer
 from tests.helpers.modules import VOCABULARY, PlainDescent, quiet_trainer
@@ -105,7 +105,7 @@ def test_a_chat_model_trains_on_chats_and_replays_its_own(tiny_llama: Any, tmp_p
     data = chats(path, batch_size=4)
     module = PlainDescent(tiny_llama())
     assert len(SPECIAL + WORDS) <= VOCABULARY
-    replay = SelfGeneratedReplay(prompts="chat", stop_at_eos=True)
+    replay = SelfGeneratedReplay(sampling=Sampling(prompts="chat", stop_at_eos=True))
     monitor = ForgettingMonitor({"chats": data.train_dataloader()})
     trainer = quiet_trainer(max_steps=2, callbacks=[replay, monitor])
     trainer.fit(module, datamodule=ReplayDataModule(data, 0.5))

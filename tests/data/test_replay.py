@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_replay import ReplayBuffer, ReplayDataModule, ReplayRows
+from lightning_replay.data.share import ReplayShare
 from tests.helpers.modules import (
     HandWritten,
     PairModule,
@@ -211,10 +212,10 @@ def test_replacing_in_batches_of_one_is_refused() -> None:
 def test_the_share_is_exact_in_the_long_run_whatever_the_processes(
     fraction: Fraction, mode: Any, sizes: list[list[int]]
 ) -> None:
-    data = ReplayDataModule([], float(fraction), mode=mode)
+    share = ReplayShare(float(fraction), mode)
     new = replay = 0
     for batches in sizes:
-        kept, takers = data._shares(batches)
+        kept, takers = share.deal(batches)
         added = [takers.count(rank) for rank in range(len(batches))]
         assert sum(added) == len(takers)
         for size, stays, joins in zip(batches, kept, added, strict=True):
@@ -262,7 +263,7 @@ def test_state_goes_through_a_checkpoint(tmp_path: Any) -> None:
     assert restored.buffer is not None
     assert data.buffer is not None
     assert restored.buffer.unused == data.buffer.unused
-    assert restored._shares([8]) == data._shares([8])
+    assert restored.feed.share.deal([8]) == data.feed.share.deal([8])
     assert restored.calls == ["place 7"]
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.chat import chat_tokenizer
 from tests.helpers.families import litgpt
 from tests.helpers.modules import DrawnRows, PlainDescent, Rows, UserModule, quiet_trainer
@@ -66,7 +66,7 @@ def test_a_datamodule_of_litgpt_is_connected_through_the_wrapper_and_trains(tmp_
     data = ReplayDataModule(wrapped, 0.2)
     data.connect(tokenizer.Tokenizer(tmp_path / "tokenizer"), batch_size=4, max_seq_length=32)
     module, drawn = Instructed(litgpt()), DrawnRows()
-    trainer = quiet_trainer(max_steps=4, callbacks=[SelfGeneratedReplay(prompts=[[1]]), drawn])
+    trainer = quiet_trainer(max_steps=4, callbacks=[SelfGeneratedReplay(sampling=Sampling(prompts=[[1]])), drawn])
     trainer.fit(module, datamodule=data)
     assert len(module.batches[0]["input_ids"]) == 4
     assert set(module.batches[0]["labels"].unique().tolist()) >= {-100, chat_tokenizer().convert_tokens_to_ids("cat")}

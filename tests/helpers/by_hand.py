@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_replay import (
@@ -45,29 +44,21 @@ DIVERGENCES_BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class ByHand(PlainDescent):
     """The same training with the replay loss written into the step, on rows and a reference of its own.
 
-    The rows go through a forward of their own; with ``joint``, through that of the batch, joined to it by hand, which
-    in 16 bits gives other roundings.
+    The rows go through a forward of their own.
     """
 
     def __init__(
-        self, model: nn.Module, reference: nn.Module, rows: list[Tensor], loss: str, coefficient: float, joint: bool
+        self, model: nn.Module, reference: nn.Module, rows: list[Tensor], loss: str, coefficient: float
     ) -> None:
         super().__init__(model)
         self.rows = rows
         self.replay_loss = loss
         self.coefficient = coefficient
-        self.joint = joint
         self.reference: list[nn.Module] = [reference.eval()]  # in a list, so that it is not a part of the module
 
     def loss(self, batch: Any) -> Tensor:
         rows = self.rows[self.trainer.fit_loop.total_batch_idx]
-        if self.joint:
-            tokens = torch.cat([batch["input_ids"], F.pad(rows[:, :-1], (0, 1))])
-            labels = torch.cat([batch["labels"], torch.full_like(rows, -100)])
-            output = self.model(tokens, labels=labels)
-            own, logits = output.loss, output.logits[len(batch["labels"]) :, :-1]
-        else:
-            own, logits = super().loss(batch), self.model(rows[:, :-1]).logits
+        own, logits = super().loss(batch), self.model(rows[:, :-1]).logits
         if self.replay_loss == "ntp":
             added = next_token_loss(logits, rows[:, 1:])
         else:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_replay import ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 from tests.helpers.resume_run import tiny_model
 
@@ -39,14 +39,16 @@ class Before(L.Callback):
         self.folder = folder
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
+        (replay,) = (callback for callback in trainer.callbacks if isinstance(callback, SelfGeneratedReplay))  # type: ignore[attr-defined]
+        buffer = replay.rows.buffer
+        assert buffer is not None
         torch.save({"step": trainer.global_step} | buffer.state_dict(), self.folder / "before.pt")
 
 
 def meet_a_signal(folder: Path) -> None:
     """Be interrupted while rows are sampled."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
-    replay = SelfGeneratedReplay(refill_rows=4, seed=5, filters=[Slow(folder)])
+    replay = SelfGeneratedReplay(refill_rows=4, seed=5, sampling=Sampling(filters=[Slow(folder)]))
     callbacks = [replay, Before(folder), OnExceptionCheckpoint(folder, "interrupted")]
     data = ReplayDataModule(mapping_loader(64), 0.2)
     trainer = quiet_trainer(callbacks=callbacks, max_steps=40, enable_checkpointing=True)
@@ -80,8 +82,9 @@ def run_out_of_memory(folder: Path, megabytes: int, vocabulary: int) -> None:
     data = ReplayDataModule(mapping_loader(8, batch_size=2), 0.5)
     trainer = quiet_trainer(callbacks=[replay, Limit()], max_steps=1)
     trainer.fit(UserModule(LlamaForCausalLM(config)), datamodule=data)
-    assert data.buffer is not None
-    torch.save(data.buffer.state_dict() | {"batch_size": replay.refiller.generator.batch_size}, folder / "buffer.pt")
+    assert replay.rows.buffer is not None
+    state = replay.rows.buffer.state_dict() | {"batch_size": replay.rows.generator.batch_size}
+    torch.save(state, folder / "buffer.pt")
 
 
 if __name__ == "__main__":

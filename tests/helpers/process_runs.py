@@ -25,14 +25,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_replay import (
+    Cached,
     ForgettingMonitor,
     LanguageModel,
     ReplayDataModule,
     ReplayShards,
-    RowOptions,
+    Sampling,
     SelfGeneratedReplay,
     generate_rows,
 )
+from lightning_replay.data.batches import rows_in
 from lightning_replay.sampling.draw import sample_rows
 from tests.helpers.modules import VOCABULARY, PlainDescent, Rows, mapping_loader, quiet_trainer
 
@@ -74,15 +76,18 @@ class Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data: ReplayDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        loss = None if self.replay is None else self.replay.objective.last_loss
+        loss, feed = None if self.replay is None else self.replay.step.last_loss, data.feed
+        buffer = data.buffer if data.shards is None else data.shards.buffer
+        if self.replay is not None and self.replay.rows.buffer is not None:
+            buffer = self.replay.rows.buffer
         self.seen.append(
             {
                 "loss": float(outputs["loss"]),
-                "replay_loss": 0.0 if loss is None or data.drawn is None else float(loss) * data.drawn_weight,
-                "new": data.count(batch),
+                "replay_loss": 0.0 if loss is None or data.drawn is None else float(loss) * feed.weight,
+                "new": rows_in(batch),
                 "drawn": [] if data.drawn is None else _rows(data.drawn),
-                "weight": data.drawn_weight,
-                "buffer": None if data.buffer is None else data.buffer.state_dict(),
+                "weight": feed.weight,
+                "buffer": None if buffer is None else buffer.state_dict(),
             }
         )
 
@@ -158,7 +163,7 @@ def fit(
         "weights": torch.cat([_whole(weight.detach()).flatten() for weight in module.parameters()]),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "tokens": (module_data.new_tokens, module_data.replay_tokens),
-        "refills": 0 if replay is None else replay.refiller.generator.refills,
+        "refills": 0 if replay is None else replay.rows.generator.refills,
     }
 
 
@@ -169,7 +174,11 @@ def prior_rows() -> Tensor:
 def kl(folder: Path) -> Any:
     """Rows of several lengths, filtered, beside real ones."""
     replay = SelfGeneratedReplay(
-        coefficient=2.0, seed=5, refill_rows=7, stop_at_eos=True, filters=[_starts_low], sequence_length=12
+        coefficient=2.0,
+        seed=5,
+        refill_rows=7,
+        sequence_length=12,
+        sampling=Sampling(stop_at_eos=True, filters=[_starts_low]),
     )
     return fit(replay, data={"prior": prior_rows(), "prior_share": 0.3})
 
@@ -180,18 +189,18 @@ def _starts_low(samples: Any) -> Tensor:
 
 def ntp_with_a_single_row(folder: Path) -> Any:
     """One replay row in a step, so that a process has none."""
-    return fit(SelfGeneratedReplay("ntp", 2.0, seed=5, refill_rows=3, forward="joint"), 0.12)
+    return fit(SelfGeneratedReplay("ntp", 2.0, seed=5, refill_rows=3), 0.12)
 
 
 def cached(folder: Path) -> Any:
-    return fit(SelfGeneratedReplay(coefficient=2.0, reference="cached", reference_top_k=8, seed=5))
+    return fit(SelfGeneratedReplay(coefficient=2.0, seed=5, reference=Cached(top_k=8)))
 
 
 def make_rows(folder: Path) -> None:
     """What `generated` reads, for all processes."""
     tiny_llama().save_pretrained(folder / "model")
-    options = RowOptions(str(folder / "model"), 12, sequence_length=12, shard_rows=5, reference_top_k=8, seed=5)
-    generate_rows(options, folder / "rows")
+    options = {"sequence_length": 12, "shard_rows": 5, "reference_top_k": 8, "seed": 5}
+    generate_rows(str(folder / "model"), 12, folder / "rows", **options)
 
 
 def generated(folder: Path) -> Any:
@@ -243,7 +252,9 @@ def uneven_shards(folder: Path) -> Any:
 def unseeded(folder: Path) -> Any:
     """No seed, a loader of real rows that shuffles, a filter that wavers: by themselves, processes would differ."""
     prior: DataLoader[Any] = DataLoader(prior_rows(), batch_size=3, shuffle=True)  # type: ignore[arg-type]
-    return fit(SelfGeneratedReplay("ntp", refill_rows=6, filters=[_by_chance]), data={"prior": prior})
+    return fit(
+        SelfGeneratedReplay("ntp", refill_rows=6, sampling=Sampling(filters=[_by_chance])), data={"prior": prior}
+    )
 
 
 def _by_chance(samples: Any) -> Tensor:
@@ -260,7 +271,9 @@ def own_sampler(folder: Path) -> Any:
         seeds.append(generator.initial_seed())
         return sample_rows(model, prompts, length, generator)
 
-    replay = SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=sampler, prompts=[[4], [5], [6], [7], [8], [9]])
+    replay = SelfGeneratedReplay(
+        "ntp", seed=5, refill_rows=6, sampling=Sampling(sampler=sampler, prompts=[[4], [5], [6], [7], [8], [9]])
+    )
     return fit(replay, max_steps=2) | {"asked": asked, "seeds": seeds}
 
 
@@ -279,11 +292,11 @@ class Breaks:
 
 
 def fails_once(folder: Path) -> Any:
-    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=Breaks(2)))
+    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampling=Sampling(sampler=Breaks(2))))
 
 
 def fails_at_first(folder: Path) -> str:
-    return _error_of(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=Breaks(1)))
+    return _error_of(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampling=Sampling(sampler=Breaks(1))))
 
 
 def background(folder: Path) -> str:
@@ -361,7 +374,7 @@ def sharded_resumed(folder: Path) -> Any:
 
 
 def sharded_live(folder: Path) -> Any:
-    replay = SelfGeneratedReplay("ntp", 2.0, source="live", forward="joint", seed=5, refill_rows=3)
+    replay = SelfGeneratedReplay("ntp", 2.0, source="live", seed=5, refill_rows=3)
     return fit(replay, 0.15, sharded=True)
 
 
@@ -386,7 +399,7 @@ def _lose_the_last(folder: Path, how: Callable[[], Any]) -> Any:
                 how()
         return sample_rows(model, prompts, length, generator)
 
-    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampler=sampler))
+    return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6, sampling=Sampling(sampler=sampler)))
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import EMA, Cached, Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.modules import VOCABULARY, Rows, UserModule, mapping_loader, quiet_trainer
 
 STEPS = 10
@@ -115,7 +115,10 @@ def run(job: dict[str, Any]) -> None:
     kill = job.get("kill")
     filters = [KilledWhileSampling(kill[1] if kill and kill[0] == "sampling" else None)]
     module = UserModule(tiny_model(job.get("lora", False)))
-    replay = SelfGeneratedReplay(**options, filters=filters)
+    if isinstance(options.get("reference"), list):
+        kind, settings = options["reference"]
+        options["reference"] = {"Copy": Copy, "Cached": Cached, "EMA": EMA}[kind](**settings)
+    replay = SelfGeneratedReplay(**options, sampling=Sampling(filters=filters))
     monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, max_batches=1)
     loader: Any = StatefulDataLoader(Rows(32), batch_size=8, shuffle=True, num_workers=job.get("workers", 0))
     data = ReplayDataModule(loader, **{"replay_fraction": 0.2} | job.get("data", {}))
@@ -139,7 +142,7 @@ def run(job: dict[str, Any]) -> None:
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
     result = {
         "weights": module.state_dict(),
-        "buffer": None if data.buffer is None else data.buffer.state_dict(),
+        "buffer": None if replay.rows.buffer is None else replay.rows.buffer.state_dict(),
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if "seconds" not in key},
     }
     torch.save(result, folder / "result.pt")

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_replay import ReplayDataModule, SelfGeneratedReplay, sample_rows
+from lightning_replay import ReplayDataModule, Sampling, SelfGeneratedReplay, sample_rows
 from lightning_replay.models.language_model import evaluating, find_language_model
 from tests.helpers.by_hand import kl_by_hand, weights
 from tests.helpers.families import FAMILIES, litgpt
@@ -68,7 +68,7 @@ def test_a_fit_ends_in_the_weights_of_one_written_by_hand(family: str, tiny_llam
     theirs, reference = kind(copy.deepcopy(ours.model)), copy.deepcopy(ours.model).eval()
     loader = (tensor_loader if plain else mapping_loader)(48)
     drawn = DrawnRows()
-    replay = SelfGeneratedReplay(coefficient=2.0, prompts=[[1]], seed=0)
+    replay = SelfGeneratedReplay(coefficient=2.0, seed=0, sampling=Sampling(prompts=[[1]]))
     quiet_trainer(callbacks=[replay, drawn]).fit(ours, datamodule=ReplayDataModule(loader, 0.2))
 
     optimizer: Any = theirs.configure_optimizers()

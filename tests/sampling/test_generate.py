@@ -13,10 +13,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ReplayShards, RowOptions, generate_rows, sample_rows
+from lightning_replay import ReplayShards, Sampling, generate_rows, sample_rows
 from lightning_replay.buffers.shards import Manifest
 from lightning_replay.cli.main import main
 from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.sampling.generate import Generated
 from lightning_replay.utilities.seeds import stream
 from tests.helpers.modules import VOCABULARY
 
@@ -29,8 +30,9 @@ def model(tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]) -> str:
     return str(tmp_path / "model")
 
 
-def options(model: str, rows: int = 21, **changes: Any) -> RowOptions:
-    return RowOptions(model, rows, **{"sequence_length": LENGTH, "shard_rows": 6, "reference_top_k": 4} | changes)
+def generate(model: str, output: Path, rows: int = 21, **changes: Any) -> Generated:
+    options: dict[str, Any] = {"sequence_length": LENGTH, "shard_rows": 6, "reference_top_k": 4} | changes
+    return generate_rows(model, options.pop("rows", rows), output, **options)
 
 
 def hashes(folder: Path) -> list[str]:
@@ -45,7 +47,7 @@ def rows_of(folder: Path) -> Any:
 
 
 def test_each_shard_holds_the_samples_of_random_numbers_of_its_own(model: str, tmp_path: Path) -> None:
-    done = generate_rows(options(model, temperature=0.8, top_k=9, seed=3), tmp_path / "rows")
+    done = generate(model, tmp_path / "rows", seed=3, sampling=Sampling(temperature=0.8, top_k=9))
     assert (done.rows, done.new_rows) == (21, 21)
     language_model = LanguageModel(LlamaForCausalLM.from_pretrained(model).eval(), VOCABULARY, 32, has_cache=True)
     expected = []
@@ -58,7 +60,7 @@ def test_each_shard_holds_the_samples_of_random_numbers_of_its_own(model: str, t
 
 
 def test_cached_log_probabilities_are_those_of_the_model_on_each_row(model: str, tmp_path: Path) -> None:
-    generate_rows(options(model, divergence_temperature=2.0), tmp_path / "rows")
+    generate(model, tmp_path / "rows", divergence_temperature=2.0)
     rows = rows_of(tmp_path / "rows")
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(model).eval()(rows.tokens[:, :-1]).logits
@@ -71,14 +73,14 @@ def test_cached_log_probabilities_are_those_of_the_model_on_each_row(model: str,
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_rows_do_not_depend_on_how_many_are_decoded_together(model: str, tmp_path: Path, batch_size: int) -> None:
-    generate_rows(options(model), tmp_path / "rows")
-    generate_rows(options(model), tmp_path / "others", batch_size=batch_size)
+    generate(model, tmp_path / "rows")
+    generate(model, tmp_path / "others", batch_size=batch_size)
     assert torch.equal(rows_of(tmp_path / "others").tokens, rows_of(tmp_path / "rows").tokens)
 
 
 def test_prompts_are_taken_in_turn_across_shards_and_are_no_targets(model: str, tmp_path: Path) -> None:
     prompts = [[3, number] for number in range(4, 11)]
-    generate_rows(options(model, prompts=prompts, reference_top_k=0), tmp_path / "rows")
+    generate(model, tmp_path / "rows", sampling=Sampling(prompts=prompts), reference_top_k=0)
     rows = rows_of(tmp_path / "rows")
     assert [sorted(part) for part in rows.tokens[:, 1].view(3, 7).tolist()] == [list(range(4, 11))] * 3
     assert not rows.targets[:, :2].any()
@@ -86,7 +88,7 @@ def test_prompts_are_taken_in_turn_across_shards_and_are_no_targets(model: str, 
 
 
 def test_samples_that_end_by_themselves_are_packed(model: str, tmp_path: Path) -> None:
-    generate_rows(options(model, stop_at_eos=True), tmp_path / "rows")
+    generate(model, tmp_path / "rows", sampling=Sampling(stop_at_eos=True))
     rows = rows_of(tmp_path / "rows")
     assert len(rows.tokens) == 21
     after_end = rows.tokens.flatten()[1:][rows.tokens.flatten()[:-1] == 2]
@@ -96,14 +98,14 @@ def test_samples_that_end_by_themselves_are_packed(model: str, tmp_path: Path) -
 
 def test_finished_shards_are_kept_and_damaged_or_missing_ones_made_again(model: str, tmp_path: Path) -> None:
     folder = tmp_path / "rows"
-    generate_rows(options(model), folder)
+    generate(model, folder)
     before, files = hashes(folder), sorted(folder.glob("*.parquet"))
     content = bytearray(files[1].read_bytes())
     content[len(content) // 2] ^= 1
     files[1].write_bytes(content)
     files[2].unlink()
     kept = [files[0].stat().st_mtime_ns, files[3].stat().st_mtime_ns]
-    done = generate_rows(options(model), folder)
+    done = generate(model, folder)
     assert (done.rows, done.new_rows) == (21, 12)
     assert hashes(folder) == before
     assert [files[0].stat().st_mtime_ns, files[3].stat().st_mtime_ns] == kept
@@ -113,7 +115,7 @@ def test_finished_shards_are_kept_and_damaged_or_missing_ones_made_again(model: 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_without_losing_or_repeating_a_row(model: str, tmp_path: Path) -> None:
     expected, folder = tmp_path / "whole", tmp_path / "rows"
-    generate_rows(options(model, 300, seed=4), expected)
+    generate(model, expected, 300, seed=4)
     arguments = ["generate", "--model", model, "--rows", "300", "--output", str(folder), "--seed", "4"]
     arguments += ["--sequence-length", str(LENGTH), "--shard-rows", "6", "--reference-top-k", "4"]
     command = [sys.executable, "-c", "import sys; from lightning_replay.cli import main; main(sys.argv[1:])"]
@@ -142,15 +144,15 @@ def test_other_settings_are_refused_with_what_differs(
     model: str, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
 ) -> None:
     folder = tmp_path / "rows"
-    generate_rows(options(model), folder)
-    message = "other settings: seed 0, now 1, temperature 1.0, now 0.5. Use the same, or another folder."
+    generate(model, folder)
+    message = "other settings: seed 0, now 1, sampling.temperature 1.0, now 0.5. Use the same, or another folder."
     with pytest.raises(ValueError, match=message):
-        generate_rows(options(model, seed=1, temperature=0.5), folder)
+        generate(model, folder, seed=1, sampling=Sampling(temperature=0.5))
     tiny_llama(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other settings: model_hash"):
-        generate_rows(options(str(tmp_path / "other")), folder)
+        generate(str(tmp_path / "other"), folder)
     Path(model).rename(tmp_path / "moved")
-    assert generate_rows(options(str(tmp_path / "moved")), folder).new_rows == 0
+    assert generate(str(tmp_path / "moved"), folder).new_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -160,22 +162,26 @@ def test_other_settings_are_refused_with_what_differs(
         ({"shard_rows": 1.5}, ValueError, "`shard_rows` is a whole number, at least 1; got 1.5"),
         ({"dtype": "int8"}, ValueError, "`dtype` is a floating-point type of torch"),
         ({"divergence_temperature": 0}, ValueError, "`divergence_temperature` is above 0"),
-        ({"temperature": -1}, ValueError, "`temperature` is above 0"),
+        ({"engine": "spark"}, ValueError, "`engine` is 'local', 'ray' or Ray"),
         ({"sequence_length": 64}, MisconfigurationException, "Samples of 64 tokens don't fit LlamaForCausalLM"),
-        ({"prompts": ["a text"]}, MisconfigurationException, "Prompts that are texts need a tokenizer"),
+        (
+            {"sampling": Sampling(prompts=["a text"])},
+            MisconfigurationException,
+            "Prompts that are texts need a tokenizer",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_row_is_made(
     model: str, tmp_path: Path, changes: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        generate_rows(options(model, **changes), tmp_path / "rows")
+        generate(model, tmp_path / "rows", **changes)
     assert not (tmp_path / "rows" / "manifest.json").exists()
 
 
 def test_global_random_state_and_threads_are_left_as_they_were(model: str, tmp_path: Path) -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    generate_rows(options(model), tmp_path / "rows", threads=threads + 1)
+    generate(model, tmp_path / "rows", threads=threads + 1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
-from lightning_replay import LanguageModel, ReplayDataModule, SelfGeneratedReplay, sample_rows
+from lightning_replay import LanguageModel, ReplayDataModule, Sampling, SelfGeneratedReplay, sample_rows
 from tests.helpers.modules import VOCABULARY, DrawnRows, UserModule, mapping_loader, quiet_trainer
 
 pytest.importorskip("openai", reason="needs the extra `openai`")
@@ -127,7 +127,9 @@ def test_ids_in_the_place_of_texts_do_as_well(server: Server) -> None:
 
 
 def test_training_replays_the_server_s_samples(server: Server, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
-    replay = SelfGeneratedReplay(sampler=OpenAISampler(server.url, "tiny"), refill_rows=8, sample_length=LENGTH)
+    replay = SelfGeneratedReplay(
+        refill_rows=8, sampling=Sampling(sampler=OpenAISampler(server.url, "tiny"), length=LENGTH)
+    )
     module, drawn = UserModule(tiny_llama()), DrawnRows()
     quiet_trainer(callbacks=[replay, drawn]).fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2))
     served = []
@@ -179,7 +181,7 @@ def test_a_server_with_another_model_and_a_live_source_are_refused(
     with pytest.raises(MisconfigurationException, match=r"is not the reference model: .* \d\.\d+ nats apart"):
         ask(server, language_model(tiny_llama(seed=1)))
     with pytest.raises(ValueError, match="OpenAISampler samples a model whose weights .* Use `source='reference'`"):
-        SelfGeneratedReplay("ntp", source="live", sampler=OpenAISampler(server.url, "tiny"))
+        SelfGeneratedReplay("ntp", source="live", sampling=Sampling(sampler=OpenAISampler(server.url, "tiny")))
 
 
 def test_numbers_out_of_range_are_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lightning_replay import RowOptions, generate_rows
+from lightning_replay import Ray, generate_rows
 from lightning_replay.buffers.shards import Manifest
 from tests.helpers.scripts import EXAMPLES, printed
 
@@ -33,8 +33,9 @@ def test_two_actors_one_of_them_killed_write_the_files_of_one_process(
 ) -> None:
     psutil = pytest.importorskip("psutil")
     tiny_llama().save_pretrained(tmp_path / "model")
-    several = RowOptions(str(tmp_path / "model"), 240, sequence_length=12, shard_rows=6, reference_top_k=4)
-    generate_rows(several, tmp_path / "alone", threads=1)
+    options: dict[str, Any] = {"sequence_length": 12, "shard_rows": 6, "reference_top_k": 4}
+    model = str(tmp_path / "model")
+    generate_rows(model, 240, tmp_path / "alone", threads=1, **options)
     killed: list[int] = []
     write = Manifest.write
 
@@ -47,7 +48,7 @@ def test_two_actors_one_of_them_killed_write_the_files_of_one_process(
             os.kill(workers[0].pid, signal.SIGKILL)
 
     monkeypatch.setattr(Manifest, "write", write_and_kill)
-    done = generate_rows(several, tmp_path / "together", "ray", actors=2)
+    done = generate_rows(model, 240, tmp_path / "together", engine=Ray(actors=2), **options)
     assert len(killed) == 1
     assert not psutil.pid_exists(killed[0])
     assert (done.rows, done.new_rows) == (240, 240)

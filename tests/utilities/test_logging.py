@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
@@ -195,7 +195,7 @@ def test_every_logger_holds_the_same_figures_settings_and_samples(
         logger=list(loggers.values()),
         log_every_n_steps=1,
         callbacks=[
-            SelfGeneratedReplay(coefficient=3.0, refill_rows=4, sample_length=12, previews=2),
+            SelfGeneratedReplay(coefficient=3.0, refill_rows=4, sampling=Sampling(length=12)),
             ForgettingMonitor({"same": batch}, every_n_steps=2),
         ],
     )
@@ -254,7 +254,7 @@ def test_with_several_optimizers_figures_stand_in_the_row_of_the_same_weights(ti
         logger=logger,
         log_every_n_steps=1,
         callbacks=[
-            SelfGeneratedReplay("mixed", refill_rows=2, sample_length=12),
+            SelfGeneratedReplay("mixed", refill_rows=2, sampling=Sampling(length=12)),
             ForgettingMonitor({"same": batch}, every_n_steps=1),
         ],
     )
@@ -269,7 +269,7 @@ def test_with_several_optimizers_figures_stand_in_the_row_of_the_same_weights(ti
 
 def test_learning_without_forgetting_has_its_settings_in_the_loggers_too(tiny_llama: Make, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    replay = SelfGeneratedReplay("lwf", coefficient=lambda step: 0.5 * step, reference_dtype=torch.float32)
+    replay = SelfGeneratedReplay("lwf", coefficient=lambda step: 0.5 * step, reference=Copy(dtype=torch.float32))
     trainer = quiet_trainer(max_steps=1, logger=logger, log_every_n_steps=1, callbacks=[replay])
     trainer.fit(WithHyperparameters(tiny_llama()), mapping_loader())
     _, settings, _ = read_csv(logger)

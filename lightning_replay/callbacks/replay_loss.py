@@ -1,0 +1,189 @@
+"""The losses that replay can add to the user's own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.losses import (
+    Divergence,
+    divergence_from_top_k,
+    forward_kl,
+    jensen_shannon,
+    next_token_loss,
+    reverse_kl,
+)
+from lightning_replay.utilities.validation import check_choice, is_number
+
+__all__ = ["KL", "LwF", "Mixed", "NextToken", "ReplayLoss", "replay_loss_of"]
+
+_DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}
+
+
+class ReplayLoss(ABC):
+    """A loss on replay rows. A subclass with ``__call__`` is all that a loss of your own takes.
+
+    Example:
+        >>> class UnlikelyTokens(ReplayLoss):
+        ...     needs_reference = False
+        ...     def __call__(self, logits, rows, reference_logits):
+        ...         log_probs = logits.float().log_softmax(-1).gather(2, rows.tokens[:, 1:, None])[..., 0]
+        ...         return -(log_probs.clamp(max=-2) * rows.targets_mask).sum() / rows.targets_mask.sum()
+        >>> from lightning_replay import SelfGeneratedReplay
+        >>> replay = SelfGeneratedReplay(loss=UnlikelyTokens())
+    """
+
+    rows: ClassVar[Literal["replay", "batch", "new"]] = "replay"
+    """``"replay"``: replay rows take a forward of their own. ``"batch"``: they join the user's batch, and no loss is
+    added. ``"new"``: the loss is taken on the user's own rows, and there are no replay rows."""
+
+    needs_reference: ClassVar[bool] = True
+    """Whether the loss asks for the reference's logits."""
+
+    takes_cached: ClassVar[bool] = False
+    """Whether the loss can be computed from a cached reference: ``rows.top_ids`` and ``rows.top_log_probs``."""
+
+    temperature: float = 1.0
+    """What logits are divided by, those of a cached reference included."""
+
+    pure_function: ClassVar[str] = ""
+    """The function of ``lightning_replay`` to call in a training step that optimizes by itself."""
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
+        """The loss on replay rows, in nats a token, averaged over their targets.
+
+        Args:
+            logits: The model's logits after each token of the rows but the last, shape
+                ``(rows, length - 1, vocabulary)``.
+            rows: The rows, on the logits' device. ``rows.targets_mask`` is True where the next token is a target.
+            reference_logits: Returns the reference's logits, the same shape, without a graph.
+        """
+
+
+@dataclass(frozen=True)
+class KL(ReplayLoss):
+    """Divergence from the reference model to the trained one, over the full vocabulary (``"kl"``).
+
+    Args:
+        direction: ``"forward"``: KL(π‖θ), as arXiv 2605.26097. ``"reverse"``: KL(θ‖π). ``"jensen_shannon"``: the
+            symmetric divergence of both.
+        temperature: Divides the logits of both models.
+
+    Raises:
+        ValueError: If ``direction`` is unknown or ``temperature`` is not above 0.
+    """
+
+    direction: Divergence = "forward"
+    temperature: float = 1.0
+
+    takes_cached: ClassVar[bool] = True
+    pure_function: ClassVar[str] = "forward_kl"
+
+    def __post_init__(self) -> None:
+        check_choice("direction", self.direction, Divergence)
+        _check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
+        """The divergence on replay rows; from cached log-probabilities if the rows carry them."""
+        if rows.top_ids is not None and rows.top_log_probs is not None:
+            return divergence_from_top_k(
+                logits,
+                rows.top_ids,
+                rows.top_log_probs,
+                rows.targets_mask,
+                kind=self.direction,
+                temperature=self.temperature,
+            )
+        function = _DIVERGENCES[self.direction]
+        return function(logits, reference_logits(), rows.targets_mask, temperature=self.temperature)
+
+
+@dataclass(frozen=True)
+class NextToken(ReplayLoss):
+    """Next-token loss on replay rows (``"ntp"``). It needs no reference beside the samples."""
+
+    needs_reference: ClassVar[bool] = False
+    pure_function: ClassVar[str] = "next_token_loss"
+
+    def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
+        """The next-token loss on replay rows."""
+        return next_token_loss(logits, rows.tokens[:, 1:], rows.targets_mask)
+
+
+@dataclass(frozen=True)
+class Mixed(ReplayLoss):
+    """Replay rows join the batch, and the user's own loss sees them (``"mixed"``); no loss is added."""
+
+    rows: ClassVar[Literal["replay", "batch", "new"]] = "batch"
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
+        """No loss of its own.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("The loss on replay rows that joined the batch is the user's own.")
+
+
+@dataclass(frozen=True)
+class LwF(ReplayLoss):
+    """Forward KL divergence on the *new* rows: learning without forgetting (``"lwf"``; Li & Hoiem 2016).
+
+    There are no replay rows, so nothing is sampled. It protects the reference's predictions on the new text, and prior
+    text only indirectly.
+
+    Args:
+        temperature: Divides the logits of both models.
+
+    Raises:
+        ValueError: If ``temperature`` is not above 0.
+    """
+
+    temperature: float = 1.0
+
+    rows: ClassVar[Literal["replay", "batch", "new"]] = "new"
+    pure_function: ClassVar[str] = "forward_kl"
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+
+    def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
+        """The divergence on any rows."""
+        return self.on_logits(logits, reference_logits(), rows.targets_mask)
+
+    def on_logits(self, logits: Tensor, reference_logits: Tensor, mask: Tensor | None) -> Tensor:
+        """The divergence of logits, averaged over the positions in a mask of shape ``(rows, positions)``."""
+        return forward_kl(logits, reference_logits, mask, temperature=self.temperature)
+
+
+_LOSSES: dict[str, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}
+
+
+def replay_loss_of(given: str | ReplayLoss) -> ReplayLoss:
+    """The loss that a string stands for, with its defaults; a loss itself as it is.
+
+    Raises:
+        ValueError: If the string stands for none.
+
+    Example:
+        >>> replay_loss_of("kl")
+        KL(direction='forward', temperature=1.0)
+    """
+    if isinstance(given, ReplayLoss):
+        return given
+    if given not in _LOSSES:
+        raise ValueError(
+            f"`loss` is one of {', '.join(map(repr, _LOSSES))}, or an object such as KL(direction='reverse'); "
+            f"got {given!r}."
+        )
+    return _LOSSES[given]()
+
+
+def _check_temperature(temperature: float) -> None:
+    if not is_number(temperature) or not temperature > 0:
+        raise ValueError(f"`temperature` divides the logits and is above 0; got {temperature!r}.")
