@@ -298,7 +298,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self._prior_rows = state_dict.get("prior_rows", 0)
         prior = state_dict.get("prior")
         if prior is not None and "tokens" in prior:
-            self.prior = ReplayBuffer.from_state_dict(prior)
+            self.prior = ReplayBuffer.from_state_dict(prior, None if self.prior is None else self.prior.policy)
         elif prior is not None and self.prior is not None:
             self.prior.load_state_dict(prior)
         self.wrapped.load_state_dict(state_dict["wrapped"])
