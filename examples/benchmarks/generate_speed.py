@@ -19,7 +19,7 @@ from replay_cost import MODELS
 from transformers import AutoModelForCausalLM
 
 from lightning_replay import generate_rows
-from lightning_replay.buffers.shards import Manifest
+from lightning_replay.buffers.manifest import Manifest
 
 SIZES = {"25M": "Llama, 25M", "125M": "Llama, 125M"}
 """The models of random weights, by the name of their folder, as `replay_cost.py` names them."""

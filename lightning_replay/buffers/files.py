@@ -1,4 +1,4 @@
-"""A replay buffer's state in a file: safetensors, or Parquet for other tools. Nothing in a file is ever executed."""
+"""A replay buffer's state in a file: safetensors, or Parquet for other tools. Reading never executes anything."""
 
 import base64
 import json
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_replay.buffers.rows import pack_tokens, unpack_tokens
 from lightning_replay.utilities.io import atomic_write
 
 __all__ = [
@@ -26,15 +27,15 @@ __all__ = [
 ]
 
 _KEY = "lightning_replay_buffer"
-"""What the numbers and strings of the state stand under, as JSON, in a file's metadata."""
+"""The key of the state's numbers and strings, as JSON, in a file's metadata."""
 
 
 def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what ``ReplayBuffer.state_dict`` returned, in the format that the suffix names.
+    """Write what ``ReplayBuffer.state_dict`` returned, in the format of the suffix.
 
     Raises:
         ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``.
-        OSError: If the file can't be written; a file that was there is as it was.
+        OSError: If the file can't be written; an earlier file is then unchanged.
     """
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in state.items() if name not in tensors}
@@ -44,21 +45,21 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read what ``write_state`` wrote. Whether the state makes sense is for the buffer to say.
+    """Read what ``write_state`` wrote. The caller has to check the state.
 
     Raises:
-        ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``, or the file is not whole.
-        FileNotFoundError: If there is none.
+        ValueError: If the suffix is neither ``.safetensors`` nor ``.parquet``, or the file is damaged.
+        FileNotFoundError: If there is no such file.
     """
     read = _format_of(path).read
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {Path(path).absolute()} to load a replay buffer from.")
     try:
         return read(Path(path))
-    except Exception as error:  # a file can be wrong in any way
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(
-            f"{path} is not the whole file of a replay buffer: {type(error).__name__}: {error}. Load a file that "
-            "`ReplayBuffer.save` wrote; nothing else is read, and nothing is unpickled."
+            f"{path} is not a complete file of a replay buffer: {type(error).__name__}: {error}. Load a file that "
+            "`ReplayBuffer.save` wrote."
         ) from error
 
 
@@ -74,12 +75,12 @@ def _format_of(path: str | Path) -> _Format:
     }
     suffix = Path(path).suffix
     if suffix not in formats:
-        raise ValueError(f"A replay buffer's file ends in {' or '.join(map(repr, formats))}; got {str(path)!r}.")
+        raise ValueError(f"The file of a replay buffer ends in {' or '.join(map(repr, formats))}; got {str(path)!r}.")
     return formats[suffix]
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    # By way of bytes: `save_file` hides the OSError and makes a file that its owner alone may read.
+    # `save_file` hides the OSError and makes a file that only its owner can read, so serialize to bytes first.
     path.write_bytes(safetensors.torch.save(tensors, {_KEY: json.dumps(values)}))
 
 
@@ -92,7 +93,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _write_parquet(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     stored = tensors["tokens"]
-    columns = token_columns(torch.where(stored < 0, ~stored, stored), tensors["lengths"], stored >= 0)
+    ids, targets = unpack_tokens(stored)
+    columns = token_columns(ids, tensors["lengths"], targets)
     columns |= {"uses": pa.array(tensors["uses"].numpy()), "step": pa.array(tensors["steps"].numpy())}
     if values["top_k"]:
         columns |= cached_columns(tensors["top_ids"], tensors["top_log_probs"])
@@ -109,14 +111,14 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         length, top_k = int(values["length"]), int(values["top_k"])
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         claimed = max((group.column(i).num_values for group in groups for i in range(group.num_columns)), default=0)
-        # Compressed, a small file can hold any number of equal values.
+        # A small compressed file can claim any number of equal values: check before reading them into memory.
         if claimed > file.metadata.num_rows * length * (top_k + 1):
             raise ValueError(f"a column holds {claimed} values, more than its rows have")
         table = file.read()
     tokens, lengths, targets = tokens_of(table, length)
     top_ids, top_log_probs = cached_of(table, length, top_k)
     return values | {
-        "tokens": torch.where(targets, tokens, ~tokens),
+        "tokens": pack_tokens(tokens, targets),
         "lengths": lengths,
         "uses": _tensor(table["uses"]),
         "steps": _tensor(table["step"]),
@@ -133,7 +135,7 @@ def token_columns(tokens: Tensor, lengths: Tensor, targets: Tensor) -> dict[str,
     Args:
         tokens: Token ids, shape ``(rows, length)``.
         lengths: Real tokens in each row, shape ``(rows,)``.
-        targets: True on the tokens that a loss is taken on, the tokens' shape.
+        targets: True on the tokens that contribute to a loss, the tokens' shape.
     """
     real = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
     ends = pa.array(F.pad(lengths.cumsum(0), (1, 0)).numpy())
@@ -145,9 +147,9 @@ def token_columns(tokens: Tensor, lengths: Tensor, targets: Tensor) -> dict[str,
 
 
 def cached_columns(top_ids: Tensor, top_log_probs: Tensor) -> dict[str, Any]:
-    """What is cached of a reference as Parquet columns ``top_ids`` and ``top_log_probs``."""
+    """A reference's cached log-probabilities as Parquet columns ``top_ids`` and ``top_log_probs``."""
     columns = {}
-    # Not all tools read floats of 16 bits; compressed, the others are hardly larger.
+    # Not all tools read 16-bit floats, and 32-bit ones are hardly larger once compressed.
     for name, cached in {"top_ids": top_ids, "top_log_probs": top_log_probs.float()}.items():
         _, positions, kept = cached.shape
         lists = pa.FixedSizeListArray.from_arrays(pa.array(cached.flatten().numpy()), kept)
@@ -158,7 +160,7 @@ def cached_columns(top_ids: Tensor, top_log_probs: Tensor) -> dict[str, Any]:
 def tokens_of(table: Any, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, lengths and targets of a table with the columns of ``token_columns``, padded to ``length``.
 
-    Padding is token 0, and no target.
+    Padding is token 0 and never a target.
 
     Raises:
         ValueError: If the columns don't fit together.
@@ -177,7 +179,7 @@ def tokens_of(table: Any, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cached_of(table: Any, length: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """What a table with the columns of ``cached_columns`` holds; empty tensors for a ``top_k`` of 0."""
+    """``top_ids`` and ``top_log_probs`` of a table with the columns of ``cached_columns``; empty if ``top_k`` is 0."""
     cached = []
     for name, kept, dtype in (("top_ids", top_k, torch.int32), ("top_log_probs", top_k + 1, torch.float16)):
         shape = (table.num_rows, length - 1, kept if top_k else 0)
@@ -187,7 +189,7 @@ def cached_of(table: Any, length: int, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(column: Any) -> Tensor:
-    """All numbers of a column, those in lists one after another."""
+    """All numbers of a column; lists are concatenated."""
     while not column.null_count and pa.types.is_nested(column.type):
         column = column.flatten()
     return torch.tensor(column.to_numpy(zero_copy_only=False))

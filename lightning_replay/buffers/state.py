@@ -1,17 +1,15 @@
-"""What a replay buffer's saved state has to be: a checkpoint or a file can be damaged, or altered."""
+"""Checks of a replay buffer's saved state, because a checkpoint or a file can be damaged or altered."""
 
 from collections.abc import Mapping
 from math import inf
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_replay.utilities.validation import is_whole
 
-__all__ = ["FORMAT", "ROWS", "Policy", "checked_state", "damaged"]
-
-Policy = Literal["fifo", "reservoir"]
+__all__ = ["FORMAT", "ROWS", "checked_state", "damaged"]
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
@@ -19,26 +17,28 @@ ROWS = ("tokens", "lengths", "steps", "top_ids", "top_log_probs")
 _SINCE_2 = ("uses", "steps", "top_ids", "top_log_probs")
 _LARGEST_NUMBER = 2**62
 _ROUNDED_ZERO = 1e-3
-"""What rounding may make of a log-probability of 0, at most."""
+"""The largest value that a log-probability of 0 can round to."""
 
 
 def checked_state(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state with all that the present format has, its tensors on the CPU.
+    """Check a saved state and complete it to the present format, with its tensors on the CPU.
+
+    The policy's name can be any string: the policy may be the user's own.
 
     Raises:
-        ValueError: If it is of a later version, or no buffer can be in such a state.
+        ValueError: If the state has a later format, or no buffer can be in such a state.
     """
     if given.get("format") not in _READABLE:
         raise ValueError(
             f"The saved replay buffer has format {given.get('format')!r}; this version of lightning-replay reads "
             f"{' and '.join(map(str, _READABLE))}. Load it with the version that wrote it."
         )
-    # Format 1 knew neither targets (each token was one) nor uses, steps and cached log-probabilities.
+    # Format 1 had no targets (each token was one), no uses, steps or cached log-probabilities.
     state = ({"top_k": 0, "passes": 0} if given["format"] == 1 else {}) | dict(given)
     for name, smallest in {"capacity": 1, "length": 2, "top_k": 0, "seen": 0, "passes": 0}.items():
         if not is_whole(state.get(name), smallest, _LARGEST_NUMBER):
             raise damaged(f"`{name}` is {state.get(name)!r}")
-    if state.get("policy") not in get_args(Policy):
+    if not isinstance(state.get("policy"), str):
         raise damaged(f"`policy` is {state.get('policy')!r}")
     filled, length, top_k = min(state["seen"], state["capacity"]), state["length"], state["top_k"]
     everything: dict[str, tuple[tuple[int, ...] | None, torch.dtype, float, float]] = {
@@ -67,17 +67,17 @@ def checked_state(given: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_tensor(
     name: str, value: Any, shape: tuple[int, ...] | None, dtype: torch.dtype, least: float, most: float
 ) -> Tensor:
-    """A part of a saved state, on the CPU; of any length where no shape is given."""
+    """A tensor of a saved state, on the CPU; without a ``shape``, one dimension of any length is accepted."""
     if not isinstance(value, Tensor) or value.is_meta:
         raise damaged(f"`{name}` is {type(value).__name__}, not a tensor that holds data")
     if value.dtype != dtype or (value.dim() != 1 if shape is None else value.shape != shape):
         given = f"{value.dtype} of shape {tuple(value.shape)}"
         raise damaged(f"`{name}` is {given}, not {dtype} of shape {shape or '(any,)'}")
     if value.numel() and not (least <= value.min().item() and value.max().item() <= most):
-        raise damaged(f"`{name}` reaches from {value.min().item()} to {value.max().item()}, not {least} to {most}")
+        raise damaged(f"`{name}` ranges from {value.min().item()} to {value.max().item()}, not {least} to {most}")
     return value.cpu()
 
 
 def damaged(what: str) -> ValueError:
     """The error to raise for a state that no buffer can be in."""
-    return ValueError(f"The saved replay buffer is damaged or was altered: {what}. Load one that is whole.")
+    return ValueError(f"The saved replay buffer is damaged or was altered: {what}. Load an intact copy.")

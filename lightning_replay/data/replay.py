@@ -288,7 +288,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.feed.share.load_state_dict(state_dict["share"])
         prior = state_dict["prior"]
         if prior is not None and "tokens" in prior:
-            self.prior = ReplayBuffer.from_state_dict(prior)
+            self.prior = ReplayBuffer.from_state_dict(prior, None if self.prior is None else self.prior.policy)
         elif prior is not None and self.prior is not None:
             self.prior.load_state_dict(prior)
         self._connect()

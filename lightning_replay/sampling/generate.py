@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_replay.__about__ import __version__
-from lightning_replay.buffers.shards import Manifest, ShardFile, shard_name, write_shard
+from lightning_replay.buffers.manifest import Manifest, ShardFile, shard_name
+from lightning_replay.buffers.shards import write_shard
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import evaluating, find_language_model, weights_hash
 from lightning_replay.references.cached import cache_reference

@@ -1,8 +1,16 @@
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from lightning_replay import ReplayBuffer, ReplayRows
+from tests.buffers.test_files import same
 
 
 def numbered(rows: int, length: int = 4, start: int = 0) -> torch.Tensor:
@@ -78,7 +86,7 @@ def test_drawing_leaves_the_global_random_state_alone() -> None:
 
 @pytest.mark.parametrize("policy", ["fifo", "reservoir"])
 def test_a_restored_buffer_goes_on_as_the_saved_one(policy: str, tmp_path: object) -> None:
-    buffer = ReplayBuffer(6, 4, policy=policy, seed=3)  # type: ignore[arg-type]
+    buffer = ReplayBuffer(6, 4, policy=policy, seed=3)
     buffer.add(numbered(9))
     buffer.draw(4)
     torch.save(buffer.state_dict(), f"{tmp_path}/buffer.pt")
@@ -161,7 +169,7 @@ def test_cached_log_probabilities_take_six_bytes_each_and_one_more_for_the_tail(
     assert torch.equal(drawn.top_log_probs, log_probs[order])
     state = buffer.state_dict()
     assert state["top_ids"].nbytes + state["top_log_probs"].nbytes == 2 * 4 * (4 * 6 + 2)
-    with pytest.raises(ValueError, match="keeps 4 log-probabilities a position; the rows have 0"):
+    with pytest.raises(ValueError, match="stores 4 log-probabilities per position; the rows have 0"):
         buffer.add(numbered(1, 5))
 
 
@@ -191,7 +199,7 @@ def test_a_state_without_rows_goes_on_in_a_buffer_of_the_same_rows() -> None:
     assert "tokens" not in state
     other.load_state_dict(state)
     assert [drawn(one, 3) for _ in range(5)] == [drawn(other, 3) for _ in range(5)]
-    with pytest.raises(ValueError, match="saved without them"):
+    with pytest.raises(ValueError, match="was saved without them, but this buffer holds 0 rows"):
         ReplayBuffer(9, 4).load_state_dict(state)
 
 
@@ -217,3 +225,95 @@ def test_a_state_of_the_first_format_is_read_and_a_later_one_is_refused() -> Non
     assert torch.equal(ours.targets_mask, theirs.targets_mask)
     with pytest.raises(ValueError, match="has format 3; this version"):
         buffer.load_state_dict(state | {"format": 3})
+
+
+def half_drawn(policy: str, rows: int = 8) -> ReplayBuffer:
+    buffer = ReplayBuffer(6, 4, policy, seed=1)
+    buffer.add(numbered(rows))
+    buffer.draw(3)
+    return buffer
+
+
+ANOTHER = half_drawn("fifo", rows=5).state_dict() | {"passes": 4}
+CALLS: dict[str, Callable[[ReplayBuffer], Any]] = {
+    "add": lambda buffer: buffer.add(numbered(4, start=10), step=7),
+    "draw": lambda buffer: buffer.draw(4),
+    "draw more than it holds": lambda buffer: buffer.draw(15),
+    "renew": lambda buffer: buffer.renew(),
+    "load": lambda buffer: buffer.load_state_dict(ANOTHER | {"policy": buffer.policy.name}),
+}
+
+
+@contextmanager
+def before_each_instruction(act: Callable[[int], None]) -> Iterator[None]:
+    """Call a function with 1, 2, ... before each instruction of the package's buffers, as a signal handler may run."""
+    executed = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal executed
+        if Path(frame.f_code.co_filename).parent.name != "buffers":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            executed += 1
+            act(executed)
+        return trace
+
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(tracing)
+
+
+@pytest.mark.parametrize("policy", ["fifo", "reservoir"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_state_saved_in_the_middle_of_a_call_is_the_one_before_or_after(call: str, policy: str) -> None:
+    buffer, before, after = half_drawn(policy), half_drawn(policy), half_drawn(policy)
+    CALLS[call](after)
+    old, new, were_old = before.state_dict(), after.state_dict(), []
+
+    def save(number: int) -> None:
+        state = buffer.state_dict()
+        were_old.append(same(state, old))
+        assert were_old[-1] or same(state, new)
+        assert buffer.max_token == (before if were_old[-1] else after).max_token
+
+    with before_each_instruction(save):
+        CALLS[call](buffer)
+    assert same(buffer.state_dict(), new)
+    assert were_old == sorted(were_old, reverse=True)  # one assignment turns the old state into the new one
+    assert sum(were_old) > 20
+
+
+class Interruption(BaseException):
+    """Like Ctrl-C, but raised by this test only."""
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_interrupted_at_any_instruction_can_be_repeated(call: str) -> None:
+    once = half_drawn("reservoir")
+    CALLS[call](once)
+    old, new = half_drawn("reservoir").state_dict(), once.state_dict()
+    next_rows = drawn(half_drawn("reservoir"), 4)
+    last = 0
+
+    def interrupt(number: int) -> None:
+        if number == last:
+            raise Interruption
+
+    was_interrupted = True
+    while was_interrupted:
+        last += 1
+        buffer = half_drawn("reservoir")
+        try:
+            with before_each_instruction(interrupt):
+                CALLS[call](buffer)
+            was_interrupted = False
+        except Interruption:
+            if same(buffer.state_dict(), old):
+                assert drawn(copy.deepcopy(buffer), 4) == next_rows  # another call finds the old rows
+                CALLS[call](buffer)
+        assert same(buffer.state_dict(), new), last
+    assert last > 20

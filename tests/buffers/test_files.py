@@ -117,25 +117,25 @@ ALTERED: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda _, parts: parts.update(tokens=parts["tokens"].long()),
         r"`tokens` is torch.int64",
     ),
-    "negative lengths": (".safetensors", lambda _, parts: parts["lengths"].sub_(9), "`lengths` reaches from -"),
+    "negative lengths": (".safetensors", lambda _, parts: parts["lengths"].sub_(9), "`lengths` ranges from -"),
     "lengths past the row": (".safetensors", lambda _, parts: parts["lengths"].add_(9), "not 1 to 4"),
-    "negative uses": (".safetensors", lambda _, parts: parts["uses"].sub_(9), "`uses` reaches from -"),
-    "a slot that isn't there": (".safetensors", lambda _, parts: parts["deck"].add_(9), "`deck` reaches from"),
+    "negative uses": (".safetensors", lambda _, parts: parts["uses"].sub_(9), "`uses` ranges from -"),
+    "a slot that isn't there": (".safetensors", lambda _, parts: parts["deck"].add_(9), "`deck` ranges from"),
     "a slot twice": (
         ".safetensors",
         lambda _, parts: parts.update(deck=torch.tensor([1, 1])),
         "`deck` holds a slot twice",
     ),
-    "negative cached ids": (".safetensors", lambda _, parts: parts["top_ids"].sub_(99), "`top_ids` reaches from -"),
+    "negative cached ids": (".safetensors", lambda _, parts: parts["top_ids"].sub_(99), "`top_ids` ranges from -"),
     "positive log-probabilities": (
         ".safetensors",
         lambda _, parts: parts["top_log_probs"].fill_(2),
-        "`top_log_probs` reaches from 2.0 to 2.0",
+        "`top_log_probs` ranges from 2.0 to 2.0",
     ),
     "NaN log-probabilities": (
         ".safetensors",
         lambda _, parts: parts["top_log_probs"].fill_(float("nan")),
-        "`top_log_probs` reaches from nan",
+        "`top_log_probs` ranges from nan",
     ),
     "a generator's state cut short": (
         ".safetensors",
@@ -147,7 +147,7 @@ ALTERED: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda _, parts: parts["generator"].zero_(),
         "`generator` is no state of a random generator",
     ),
-    "a column gone": (".parquet", lambda _, parts: parts.pop("uses"), "not the whole file of a replay buffer.*uses"),
+    "a column gone": (".parquet", lambda _, parts: parts.pop("uses"), "not a complete file of a replay buffer.*uses"),
     "rows shorter than they say": (
         ".parquet",
         lambda _, parts: parts.update(length=pa.array([1] * 6, pa.int32())),
@@ -161,12 +161,12 @@ ALTERED: dict[str, tuple[str, Callable[..., Any], str]] = {
     "tokens that are text": (
         ".parquet",
         lambda _, parts: parts.update(tokens=pa.array([["a", "b"]] * 6)),
-        "not the whole file of a replay buffer",
+        "not a complete file of a replay buffer",
     ),
     "tokens that are no lists": (
         ".parquet",
         lambda _, parts: parts.update(tokens=pa.array([5] * 6, pa.int32())),
-        "not the whole file of a replay buffer",
+        "not a complete file of a replay buffer",
     ),
     "negative tokens": (
         ".parquet",
@@ -175,13 +175,13 @@ ALTERED: dict[str, tuple[str, Callable[..., Any], str]] = {
         ),
         "`tokens` holds -7",
     ),
-    "a length past all bounds": (".parquet", put(length=float("inf")), "not the whole file of a replay buffer"),
+    "a length past all bounds": (".parquet", put(length=float("inf")), "not a complete file of a replay buffer"),
     "a row without end": (
         ".parquet",
         lambda _, parts: parts.update(tokens=pa.array([[7] * 100_000] * 6, pa.list_(pa.int32()))),
         "a column holds 600000 values, more than its rows have",
     ),
-    "a slot not there": (".parquet", put(deck=[99]), "`deck` reaches from 99 to 99, not 0 to 5"),
+    "a slot not there": (".parquet", put(deck=[99]), "`deck` ranges from 99 to 99, not 0 to 5"),
     "a generator of another kind": (".parquet", put(generator="AAAA"), "`generator` is no state"),
     "more columns than its kind": (".parquet", put(top_k=0), "a column holds 36|more than its rows"),
 }
@@ -246,7 +246,7 @@ def test_what_is_no_such_file_is_refused_and_never_unpickled(suffix: str, tmp_pa
             pq.write_table(pa.table({"tokens": [[1, 2]]}), path)
         else:
             safetensors.torch.save_file({"tokens": torch.zeros(1, 2)}, path)
-        with pytest.raises(ValueError, match="is not the whole file of a replay buffer"):
+        with pytest.raises(ValueError, match="is not a complete file of a replay buffer"):
             ReplayBuffer.load(path)
             pytest.fail(kind)
         assert not marker.exists()

@@ -95,7 +95,7 @@ def test_each_row_is_used_once_in_the_folder_s_order_then_again_with_a_note(fold
     shards = ReplayShards(folder, read_rows=7)
     every = ReplayShards(folder).next_rows().tokens.tolist()
     uses = Uses()
-    with pytest.warns(UserWarning, match=r"all 21 rows of .* have been used, and from here on they are used again"):
+    with pytest.warns(UserWarning, match=r"all 21 rows of .* have been used and will be used again"):
         _, _, drawn = fit(tiny_llama(), SelfGeneratedReplay("ntp"), (uses,), buffer=shards, max_steps=16)
     assert sorted(drawn[:21]) == sorted(every)
     for start in range(0, 21, 7):
@@ -169,7 +169,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_last_bit(
     module, _, rest = run(max_steps=8, ckpt_path=str(tmp_path / "half.ckpt"))
     assert rest == drawn[10:]
     assert torch.equal(weights(module), weights(expected))
-    with pytest.raises(MisconfigurationException, match=r"as {'read_rows': 5}, and .* has {'read_rows': 6}"):
+    with pytest.raises(MisconfigurationException, match=r"as {'read_rows': 5}, but .* has {'read_rows': 6}"):
         other = ReplayShards(folder, shuffle=True, read_rows=6)
         fit(tiny_llama(), replay(), buffer=other, ckpt_path=str(tmp_path / "half.ckpt"))
     with pytest.raises(MisconfigurationException, match="rows came from a folder, and this run's are sampled"):
@@ -197,13 +197,13 @@ def test_a_fresh_adapter_leaves_the_model_the_one_that_wrote_the_rows(folder: Pa
             {"max_position_embeddings": 8},
             "have 12 tokens, but LlamaForCausalLM takes 8 at most. Generate rows with",
         ),
-        ({"sequence_length": 10}, {}, "`sequence_length=10`, but the rows in .* have 12 tokens. Leave it out, or gen"),
-        ({"loss": KL(temperature=2.0), "reference": "cached"}, {}, "in .* were taken at 1.0. Set the same, or gener"),
-        ({"source": "live"}, {}, r"told how to sample \(`source='live'`\), and with .* nothing is sampled. Leave out"),
+        ({"sequence_length": 10}, {}, "`sequence_length=10`, but the rows in .* have 12 tokens. Remove it, or genera"),
+        ({"loss": KL(temperature=2.0), "reference": "cached"}, {}, "in .* have the temperature 1.0. Set the same"),
+        ({"source": "live"}, {}, r"has sampling arguments \(`source='live'`\), but with .* no rows are sampled. Remov"),
         (
             {"sampling": Sampling(filters=[Duplicates()], prompts=[[3]])},
             {},
-            r"told how to sample \(`sampling.prompts`, `sampling.filters`\)",
+            r"has sampling arguments \(`sampling.prompts`, `sampling.filters`\)",
         ),
     ],
 )
@@ -231,18 +231,18 @@ def test_another_model_s_rows_are_replayed_where_that_is_meant(folder: Path, tin
 
 
 def test_a_folder_that_is_not_whole_is_refused_at_once(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no manifest.json in .*nowhere. Rows are written there by"):
+    with pytest.raises(FileNotFoundError, match=r"no manifest.json in .*nowhere. To write rows there, run"):
         ReplayDataModule(mapping_loader(), buffer=tmp_path / "nowhere")
     first, second, *_ = sorted(folder.glob("*.parquet"))
     second.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"rows-00001-of-00004.parquet has \d+ bytes and was written with \d+. Run"):
+    with pytest.raises(ValueError, match=r"rows-00001-of-00004.parquet has \d+ bytes, but was written with \d+. Run"):
         ReplayShards(folder)
     first.unlink()
-    with pytest.raises(FileNotFoundError, match=r"rows-00000-of-00004.parquet is missing, though the manifest names"):
+    with pytest.raises(FileNotFoundError, match=r"rows-00000-of-00004.parquet is missing, but the manifest lists"):
         ReplayShards(folder)
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ValueError, match="manifest of a folder of rows: .*version 2, and .*version 1"):
+    with pytest.raises(ValueError, match="manifest of a folder of rows: .*version 2; .*version 1"):
         ReplayShards(folder)
     manifest.write_text("[]")
     with pytest.raises(ValueError, match=r"manifest.json is not the manifest of a folder of rows: TypeError"):

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ReplayShards, Sampling, generate_rows, sample_rows
-from lightning_replay.buffers.shards import Manifest
+from lightning_replay.buffers.manifest import Manifest
 from lightning_replay.cli.main import main
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.sampling.generate import Generated

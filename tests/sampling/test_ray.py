@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lightning_replay import Ray, generate_rows
-from lightning_replay.buffers.shards import Manifest
+from lightning_replay.buffers.manifest import Manifest
 from tests.helpers.scripts import EXAMPLES, printed
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
