@@ -8,8 +8,8 @@ position come from a folder. Any number of later runs can use them.
 
 The first half is also a command, as for machines of their own:
 
-    lightning-replay generate --model roneneldan/TinyStories-33M --rows 20000 --sequence-length 128 \
-        --reference-top-k 64 --engine ray --actors 8 --output rows
+    lightning-replay generate --model roneneldan/TinyStories-33M --rows 20000 --sequence_length 128 \
+        --reference_top_k 64 --engine Ray --engine.actors 8 --output rows
 
 Prints rows a second, then what the model forgets of rows of its own that it never trained on, without and with replay.
 With --quick, a model of random weights learns random rows in this process, in ten seconds.

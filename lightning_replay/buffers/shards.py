@@ -164,17 +164,17 @@ class ReplayShards:
         if length not in (None, self.length):
             raise MisconfigurationException(
                 f"`sequence_length={length}`, but the rows in {self.folder} have {self.length} tokens. Remove it, "
-                f"or generate rows with `--sequence-length {length}`."
+                f"or generate rows with `--sequence_length {length}`."
             )
         if cached_temperature is not None and not self.top_k:
             raise MisconfigurationException(
                 f"`reference='cached'` reads log-probabilities stored with the rows, but those in {self.folder} have "
-                "none. Generate rows with `--reference-top-k 64`, or use `reference='auto'`."
+                "none. Generate rows with `--reference_top_k 64`, or use `reference='auto'`."
             )
         if cached_temperature not in (None, self.temperature):
             raise MisconfigurationException(
                 f"`divergence_temperature={cached_temperature}`, but the log-probabilities in {self.folder} have the "
-                f"temperature {self.temperature}. Set the same, or generate rows with `--divergence-temperature "
+                f"temperature {self.temperature}. Set the same, or generate rows with `--divergence_temperature "
                 f"{cached_temperature}`."
             )
 
@@ -201,7 +201,7 @@ class ReplayShards:
         if model.context is not None and self.length - 1 > model.context:
             raise MisconfigurationException(
                 f"The rows in {self.folder} have {self.length} tokens, but {name} takes {model.context} at most. "
-                f"Generate rows with `--sequence-length {model.context}` or less."
+                f"Generate rows with `--sequence_length {model.context}` or less."
             )
         if known or not self.check_model:
             return

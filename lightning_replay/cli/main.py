@@ -1,62 +1,99 @@
 """The `lightning-replay` command."""
 
-import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_replay.__about__ import __version__
-from lightning_replay.cli.fit import COMMANDS, run
-from lightning_replay.cli.generate import add_command, run_command
+from lightning_replay.cli import fit
 from lightning_replay.report.run_logs import NothingToReportError
+from lightning_replay.sampling.generate import generate_rows
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the given arguments, those of the process by default."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-replay", description="Finetune language models in PyTorch Lightning without forgetting."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="learn a sequence of small tasks, without and with replay (about two minutes on a laptop)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--output", type=Path, default=Path("lightning-replay-demo"), help="folder for the results")
-    demo.add_argument("--seed", type=int, default=0, help="seed of weights, problems and samples")
-    report = commands.add_parser(
-        "report",
-        help="write a page of what runs have logged: forgetting, new task, time, samples",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder with CSV or TensorBoard logs in it")
-    report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="folder for the page")
-    report.add_argument("--new-loss", metavar="KEY", help="key of the new task's loss; val/loss, else train/loss")
-    add_command(commands)
-    for name, what in COMMANDS.items():
-        commands.add_parser(name, help=what, add_help=False)
-    # What follows one of LightningCLI's commands is for it to read.
-    options, _ = parser.parse_known_args(arguments)
-    if options.command not in COMMANDS:
-        options = parser.parse_args(arguments)
-
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if options.command in COMMANDS:
-            run(arguments)
-        elif options.command == "demo":
-            from lightning_replay.demo.run import demo as run_demo
-
-            run_demo(options.output, options.seed)
-        elif options.command == "generate":
-            run_command(options)
-        else:
-            from lightning_replay.report.page import report as write_report
-
-            page, *pictures = write_report(options.runs, options.output, options.new_loss)
-            print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+        if given[:1] and given[0] in fit.COMMANDS:
+            fit.run(given)
+            return
+        parser = _parser()
+        config = parser.parse_args(given)
+        command = config.pop("command")
+        settings = parser.instantiate_classes(config)[command]
+        settings.pop("config", None)
+        _RUN[command](**settings)
     except (ModuleNotFoundError, NothingToReportError, MisconfigurationException, ValueError, OSError) as error:
-        parser.exit(1, f"{error}\n")
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _demo(output: Path, seed: int) -> None:
+    from lightning_replay.demo.run import demo
+
+    demo(output, seed)
+
+
+def _report(runs: list[Path], output: Path, new_loss: str | None) -> None:
+    from lightning_replay.report.page import report
+
+    page, *pictures = report(runs, output, new_loss)
+    print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+
+
+def _generate(output: Path, **settings: Any) -> None:
+    done = generate_rows(output=output, **settings)
+    speed = f" in {done.seconds:,.1f} s ({done.new_rows / done.seconds:,.1f} rows/s)" if done.new_rows else ""
+    print(f"{output} holds {done.rows:,} rows, {done.new_rows:,} of them made now{speed}.")
+
+
+_RUN: dict[str, Callable[..., None]] = {"demo": _demo, "report": _report, "generate": _generate}
+
+
+def _parser() -> ArgumentParser:
+    """The parser of all commands; LightningCLI has its own for the options of those that train and measure."""
+    parser = ArgumentParser(
+        prog="lightning-replay",
+        version=__version__,
+        description="Finetune language models in PyTorch Lightning without forgetting. "
+        "Example: lightning-replay demo --output demo",
+    )
+    commands = parser.add_subcommands(dest="command")
+
+    demo = ArgumentParser(
+        description="Learn a sequence of small tasks, without and with replay. "
+        "Example: lightning-replay demo --output demo"
+    )
+    demo.add_argument("--output", type=Path, default=Path("lightning-replay-demo"), help="Folder for the results.")
+    demo.add_argument("--seed", type=int, default=0, help="Seed of weights, problems and samples.")
+    commands.add_subcommand("demo", demo, help="Learn a sequence of small tasks, without and with replay.")
+
+    report = ArgumentParser(
+        description="Write a page of what runs have logged: forgetting, new task, time, samples. "
+        "Example: lightning-replay report runs"
+    )
+    report.add_argument("runs", type=Path, nargs="+", help="Folder with CSV or TensorBoard logs in it.")
+    report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="Folder for the page.")
+    report.add_argument(
+        "--new_loss", type=str | None, default=None, help="Key of the new task's loss; val/loss, else train/loss."
+    )
+    commands.add_subcommand("report", report, help="Write a page of what runs have logged.")
+
+    generate = ArgumentParser(
+        description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). If it is "
+        "interrupted, run it again: it continues where it stopped. "
+        "Example: lightning-replay generate --model gpt2 --rows 10000 --sequence_length 128 --output rows"
+    )
+    generate.add_argument("--config", action="config", help="A YAML file with the settings.")
+    generate.add_function_arguments(generate_rows, as_group=False)
+    commands.add_subcommand("generate", generate, help="Write replay rows that a model generates to a folder.")
+
+    for name, what in fit.COMMANDS.items():
+        commands.add_subcommand(name, ArgumentParser(), help=what)
+    return parser

@@ -35,11 +35,11 @@ class Samples(NamedTuple):
         return Samples(*(part if part is None else part[samples] for part in self))  # type: ignore[arg-type]
 
 
-Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Tensor | Samples]
+# What they return is not in their types: jsonargparse would take a function that returns a tensor for a class of tensors.
+Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Any]
 """Called with the model (in evaluation mode, without gradients), a prompt for each sample, the length of a sample and
-a CPU generator; returns the samples, prompts included: token ids of shape ``(samples, length)``, or ``Samples``
-where they are shorter or where their log-probabilities are known."""
+a CPU generator. Returns the samples, prompts included: token ids of shape ``(samples, length)``, or ``Samples`` if they
+are shorter or their log-probabilities are known."""
 
-# The second is for jsonargparse, to which the first is a maker of tensors: with it, a config names a filter's class.
-Filter = Callable[[Samples], Tensor] | Callable[[Samples], Any]
-"""Called with samples; returns a boolean tensor of shape ``(samples,)``, True on those to keep."""
+Filter = Callable[[Samples], Any]
+"""Called with samples. Returns a boolean tensor of shape ``(samples,)``, True on those to keep."""

@@ -70,7 +70,9 @@ class Sampling:
             raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
         check_choice("targets", self.targets, Targets)
         if self.targets == "answer" and not self.is_chat:
-            raise ValueError("`targets='answer'` is for chat samples, which have an answer: set `prompts='chat'`.")
+            raise ValueError(
+                "`targets='answer'` takes the loss on the answers of chat samples; got `prompts` that are not 'chat'."
+            )
         if self.length is not None and not is_whole(self.length, 2):
             raise ValueError(f"`length` is a number of tokens in a sample, at least 2; got {self.length!r}.")
         if not isinstance(self.filters, Sequence) or not all(callable(filter_) for filter_ in self.filters):

@@ -219,7 +219,7 @@ def test_rows_that_do_not_fit_the_run_are_refused_before_the_first_step(
 
 def test_cached_log_probabilities_that_are_not_there_are_refused(tmp_path: Path, tiny_llama: Maker) -> None:
     folder = generated(tmp_path, tiny_llama, reference_top_k=0)
-    with pytest.raises(MisconfigurationException, match="have none. Generate rows with `--reference-top-k 64`, or use"):
+    with pytest.raises(MisconfigurationException, match="have none. Generate rows with `--reference_top_k 64`, or use"):
         fit(tiny_llama(), SelfGeneratedReplay(reference="cached"), buffer=folder)
 
 

@@ -16,7 +16,6 @@ from lightning_replay import (
     CausalLM,
     ForgettingMonitor,
     ReplayDataModule,
-    Sampling,
     SelfGeneratedReplay,
     TextDataModule,
 )
@@ -25,12 +24,8 @@ from lightning_replay.sampling.samples import Samples
 from tests.helpers.chat import CONVERSATION, WORDS, chat_tokenizer
 from tests.helpers.modules import PlainDescent, quiet_trainer
 
-pytest.importorskip("jsonargparse", reason="config files need the extra `cli`")
-pytest.importorskip("omegaconf", reason="config files need the extra `cli`")
-
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")  # which is for a process
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-COMMANDS = ["fit", "validate", "test", "predict"]
 QUIET = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -178,32 +173,16 @@ def test_the_other_commands_measure_the_checkpoint_that_they_are_given(
     assert float(torch.cat(losses).mean()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "demo", "generate", "report"])
-def test_the_help_of_every_command_fits_a_screen(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="0"):
-        main([*([command] if command else []), "--help"])
-    said = capsys.readouterr().out
-    assert said.count("\n") <= 40
-    assert command in said
-
-
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--model.help", ["--model.learning_rate", "Peak learning rate"]),
-        ("--data.help", ["--data.replay_fraction", "Share of replay rows in the mixed batch"]),
-        ("--trainer.help", ["--trainer.max_steps", "--trainer.callbacks"]),
+        ("--help", ["--model.learning_rate", "Peak learning rate", "--data.replay_fraction", "--trainer.max_steps"]),
         ("--data.data.help=ChatDataModule", ["messages_column", "The column that holds the messages"]),
         ("--trainer.callbacks.help=SelfGeneratedReplay", ["coefficient", "What the replay loss is multiplied by"]),
         ("--trainer.callbacks.help=ForgettingMonitor", ["every_n_steps", "Optimizer steps between measurements"]),
     ],
 )
-def test_help_of_a_part_explains_its_settings(
-    option: str, expected: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_explains_the_settings(option: str, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["fit", option])
     said = " ".join(capsys.readouterr().out.split())
@@ -228,13 +207,15 @@ def test_a_setting_of_a_wrong_kind_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["data", "prior", "callback"])
+@pytest.mark.parametrize("place", ["data", "prior", "callback", "sampling"])
 def test_a_misspelt_setting_anywhere_in_a_config_is_refused(
     place: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
     replay, monitor = config["trainer"]["callbacks"]
     nested = {"data": config["data"]["data"], "prior": monitor["init_args"]["prior"]["stories"], "callback": replay}
+    replay["init_args"] = {"sampling": {}}
+    nested["sampling"] = {"init_args": replay["init_args"]["sampling"]}
     nested[place]["init_args"]["misspelt"] = 8
     (workplace / "own.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit, match="2"):
@@ -255,14 +236,16 @@ def test_callbacks_of_a_config_take_functions_filters_and_prompts(
 ) -> None:
     config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
     config["trainer"]["callbacks"][0]["init_args"] = {
-        "coefficient": "tests.test_lightning_cli.halved",
-        "sampling": Sampling(
-            prompts=["hello how", "you are"],
-            filters=[
+        "coefficient": "tests.cli.test_fit.halved",
+        "loss": {"class_path": "lightning_replay.KL", "init_args": {"direction": "reverse"}},
+        "reference": {"class_path": "lightning_replay.Copy", "init_args": {"dtype": "float64"}},
+        "sampling": {
+            "prompts": ["hello how", "you are"],
+            "filters": [
                 {"class_path": "lightning_replay.filters.Length", "init_args": {"least": 3}},
-                "tests.test_lightning_cli.every_other",
+                "tests.cli.test_fit.every_other",
             ],
-        ),
+        },
     }
     config["data"]["prior"] = config["trainer"]["callbacks"][1]["init_args"]["prior"]["stories"]
     (workplace / "own.yaml").write_text(yaml.safe_dump(config))
@@ -285,12 +268,3 @@ def test_a_user_s_own_command_line_takes_replay_by_class_path(tiny_llama: Any, w
     cli = LightningCLI(Theirs, save_config_callback=None, args=["fit", *options, *QUIET, "--trainer.max_steps=1"])
     assert len(cli.model.losses) == 1
     assert float(cli.trainer.callback_metrics["replay/loss"]) > 0
-
-
-def test_without_its_extra_the_command_names_what_installs_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
-    with pytest.raises(SystemExit, match="1"):
-        main(["fit", "--config", "run.yaml"])
-    assert "pip install 'lightning-replay[cli]'" in capsys.readouterr().err

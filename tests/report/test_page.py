@@ -310,7 +310,7 @@ def test_the_new_tasks_loss_is_the_one_that_most_runs_have_or_the_one_asked_for(
     write_log(logs / "b", [common])
     report([logs], tmp_path / "page")
     assert Page(tmp_path / "page").cell("a", "train_loss")[1] == 5.0
-    main(["report", str(logs), "--output", str(tmp_path / "page"), "--new-loss", "mine"])
+    main(["report", str(logs), "--output", str(tmp_path / "page"), "--new_loss", "mine"])
     assert Page(tmp_path / "page").cell("a", "mine")[1] == 7.0
 
 
@@ -361,7 +361,7 @@ def test_the_command_says_what_it_wrote(two_runs: Path, tmp_path: Path, capsys: 
         (["empty"], "No logs in empty or below: a run's folder holds `metrics.csv` or `events.out.tfevents.*`. Train"),
         (["other"], "The logs in other hold nothing of ForgettingMonitor or SelfGeneratedReplay"),
         (["other"], "but only: loss, val/loss. Train with one of these callbacks."),
-        (["known", "--new-loss", "typo"], "new task's loss as 'typo'. Keys like it: val/loss."),
+        (["known", "--new_loss", "typo"], "new task's loss as 'typo'. Keys like it: val/loss."),
     ],
 )
 def test_what_cannot_be_reported_is_said_in_one_line(

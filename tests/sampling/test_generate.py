@@ -117,7 +117,7 @@ def test_a_killed_command_goes_on_without_losing_or_repeating_a_row(model: str, 
     expected, folder = tmp_path / "whole", tmp_path / "rows"
     generate(model, expected, 300, seed=4)
     arguments = ["generate", "--model", model, "--rows", "300", "--output", str(folder), "--seed", "4"]
-    arguments += ["--sequence-length", str(LENGTH), "--shard-rows", "6", "--reference-top-k", "4"]
+    arguments += ["--sequence_length", str(LENGTH), "--shard_rows", "6", "--reference_top_k", "4"]
     command = [sys.executable, "-c", "import sys; from lightning_replay.cli import main; main(sys.argv[1:])"]
     process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parents[2], start_new_session=True)
     try:
@@ -189,14 +189,14 @@ def test_global_random_state_and_threads_are_left_as_they_were(model: str, tmp_p
 def test_the_command_says_what_it_did_and_ends_with_one_line_where_it_can_t(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "sampling.yaml").write_text("prompts: [one]\n")
     arguments = ["generate", "--model", model, "--rows", "7", "--output", str(tmp_path / "rows")]
-    main([*arguments, "--sequence-length", "8", "--shard-rows", "4"])
+    main([*arguments, "--sequence_length", "8", "--shard_rows", "4"])
     assert "holds 7 rows, 7 of them made now in " in capsys.readouterr().out
-    main([*arguments, "--sequence-length", "8", "--shard-rows", "4"])
+    main([*arguments, "--sequence_length", "8", "--shard_rows", "4"])
     assert "holds 7 rows, 0 of them made now.\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--sequence-length", "8", "--prompts", str(tmp_path / "prompts.txt")])
+        main([*arguments, "--sequence_length", "8", "--sampling", str(tmp_path / "sampling.yaml")])
     assert ended.value.code == 1
     assert "Prompts that are texts need a tokenizer" in capsys.readouterr().err
 
