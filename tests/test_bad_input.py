@@ -87,7 +87,7 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (SelfGeneratedReplay, {"refill_rows": "all"}, ValueError, "`refill_rows`.*got 'all'"),
     (SelfGeneratedReplay, {"uses_per_sample": 1.5}, ValueError, "`uses_per_sample`.*got 1.5"),
     (SelfGeneratedReplay, {"reference_top_k": "64"}, ValueError, "`reference_top_k`.*got '64'"),
-    (SelfGeneratedReplay, {"ema_decay": "slow"}, ValueError, "`ema_decay`.*got 'slow'"),
+    (SelfGeneratedReplay, {"ema_decay": "slow"}, ValueError, "`decay` of EMA.*got 'slow'"),
     (SelfGeneratedReplay, {"sequence_length": 12.0}, ValueError, "`sequence_length`.*got 12.0"),
     (SelfGeneratedReplay, {"sample_length": "24"}, ValueError, "`sample_length`.*got '24'"),
     (SelfGeneratedReplay, {"temperature": "hot"}, ValueError, "`temperature`.*got 'hot'"),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,8 @@ from lightning_replay.data.batches import Batches, right_padded
 from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
-from lightning_replay.references.keeper import ReferenceCheckpoint, ReferenceKeeper
+from lightning_replay.references.keeper import ReferenceKeeper
+from lightning_replay.references.reference import Auto
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.validation import check_package, is_whole
@@ -89,7 +90,7 @@ class ForgettingMonitor(Callback):
         max_batches: int | None = None,
         kl: bool = True,
         language_model: str | None = None,
-        reference_checkpoint: ReferenceCheckpoint = "inside",
+        reference_checkpoint: Literal["inside", "beside"] = "inside",
     ) -> None:
         sets = list(prior.items() if isinstance(prior, Mapping) else _pairs(prior))
         names = [name for name, _ in sets]
@@ -120,7 +121,7 @@ class ForgettingMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self._own_reference = ReferenceKeeper(checkpoint=reference_checkpoint, owner=",".join(sorted(names)))
+        self._own_reference = ReferenceKeeper(Auto(save=reference_checkpoint), owner=",".join(sorted(names)))
         self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1

@@ -20,9 +20,11 @@ from lightning_replay.callbacks.training_step import Forward, ReplayObjective
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.losses import Divergence
 from lightning_replay.models.language_model import LanguageModel, check_tokens, find_language_model
+from lightning_replay.references.adapters import adapter_is_idle
 from lightning_replay.references.cached import cache_reference
-from lightning_replay.references.keeper import Reference, ReferenceCheckpoint, ReferenceFrom, ReferenceKeeper
-from lightning_replay.references.models import LiveModel, ReferenceModel, adapter_is_idle
+from lightning_replay.references.keeper import ReferenceKeeper
+from lightning_replay.references.models import LiveModel, ReferenceModel
+from lightning_replay.references.reference import EMA, Adapter, Auto, Cached, Copy, Reference, ReferenceName
 from lightning_replay.sampling.prompts import PromptsLike
 from lightning_replay.sampling.rows import LossOn, RowGenerator
 from lightning_replay.sampling.samples import Filter, Sampler
@@ -176,11 +178,11 @@ class SelfGeneratedReplay(Callback):
         *,
         divergence: Divergence = "forward",
         divergence_temperature: float = 1.0,
-        reference: Reference = "auto",
+        reference: ReferenceName | Reference = "auto",
         reference_dtype: str | torch.dtype | None = None,
         reference_device: str | torch.device | None = None,
-        reference_from: ReferenceFrom = "fit",
-        reference_checkpoint: ReferenceCheckpoint = "inside",
+        reference_from: Literal["fit", "first"] = "fit",
+        reference_checkpoint: Literal["inside", "beside"] = "inside",
         reference_top_k: int = 64,
         ema_decay: float = 0.999,
         prompts: PromptsLike | None = None,
@@ -225,7 +227,20 @@ class SelfGeneratedReplay(Callback):
             raise ValueError(f"`previews` is how many samples to log as text, at least 0; got {previews!r}.")
         if seed is not None and not is_whole(seed, 0):
             raise ValueError(f"`seed` is a whole number, at least 0, or None; got {seed!r}.")
-        if reference == "cached" and (source == "live" or loss == "lwf"):
+        if not isinstance(reference, Reference):
+            check_choice("reference", reference, ReferenceName)
+            copied: dict[str, Any] = {"dtype": reference_dtype, "device": reference_device, "since": reference_from}
+            kinds: dict[str, Reference] = {
+                "auto": Auto(save=reference_checkpoint, **copied),
+                "copy": Copy(save=reference_checkpoint, **copied),
+                "adapter": Adapter(since=reference_from),
+                "cached": Cached(top_k=reference_top_k, since=reference_from),
+                "ema": EMA(decay=ema_decay, **copied),
+            }
+            reference = kinds[reference]
+        if isinstance(reference, Cached):
+            reference_top_k = reference.top_k
+        if isinstance(reference, Cached) and (source == "live" or loss == "lwf"):
             raise ValueError(
                 "`reference='cached'` keeps what the reference says of its own samples. Rows of "
                 f"{'the live model' if source == 'live' else 'the new task'} are not among them: use another reference."
@@ -244,9 +259,7 @@ class SelfGeneratedReplay(Callback):
         self.language_model = language_model
         self.seed = seed
 
-        self.reference = ReferenceKeeper(
-            reference, _dtype(reference_dtype), reference_device, reference_from, ema_decay, reference_checkpoint
-        )
+        self.reference = ReferenceKeeper(reference)
         self.objective = ReplayObjective(
             loss, coefficient, divergence, divergence_temperature, self.reference, forward, ignore_index
         )
@@ -332,7 +345,7 @@ class SelfGeneratedReplay(Callback):
             return
         if self.seed is None:
             self.seed = data.processes.first(torch.initial_seed())
-        if self.reference.resumed_from(trainer) is None and self.reference.since == "fit":
+        if self.reference.resumed_from(trainer) is None and self.reference.reference.since == "fit":
             self.refiller.forget(data)  # what an earlier fit left in it came from another reference
         if data.shards is not None:
             self._check_shards(trainer, model, data.shards)
@@ -437,7 +450,7 @@ class SelfGeneratedReplay(Callback):
     @property
     def _caches(self) -> bool:
         """Whether rows carry the reference's log-probabilities."""
-        return self.loss == "kl" and self.reference.kind == "cached"
+        return self.loss == "kl" and isinstance(self.reference.reference, Cached)
 
     def _seconds_so_far(self) -> tuple[float, float, float]:
         """Of the clock, in sampling, and in the replay loss."""
@@ -445,7 +458,7 @@ class SelfGeneratedReplay(Callback):
 
     def _never_refills(self, model: LanguageModel) -> bool:
         """Whether the reference is gone as soon as the model trains, so that rows have to last."""
-        cached = self.reference.kind == "cached"
+        cached = isinstance(self.reference.reference, Cached)
         return cached and self.source == "reference" and self.reference.adapter(model) is None
 
     def _source(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
@@ -457,14 +470,14 @@ class SelfGeneratedReplay(Callback):
         """What has trained the model before this fit began, since its reference was taken."""
         if (checkpoint := self.reference.resumed_from(trainer)) is not None:
             return f"the run up to {checkpoint}"
-        return "an earlier fit" if self.reference.since == "first" and self.refiller.generator.rows else None
+        return "an earlier fit" if self.reference.reference.since == "first" and self.refiller.generator.rows else None
 
     def _cache_prior(
         self, trainer: pl.Trainer, model: LanguageModel, data: ReplayDataModule, source: ReferenceModel
     ) -> None:
         """Let real prior rows carry the reference's log-probabilities, as the sampled ones will."""
         prior = data.prior
-        kept = self.reference.resumed_from(trainer) is not None or self.reference.since == "first"
+        kept = self.reference.resumed_from(trainer) is not None or self.reference.reference.since == "first"
         if prior is None or (prior.top_k and kept):
             return
         top_k = self.reference_top_k if data.shards is None else data.shards.top_k
@@ -484,7 +497,7 @@ class SelfGeneratedReplay(Callback):
         given = [name for name, value in sampling.items() if value]
         shards.check_options(given, self.sequence_length, self.refiller.temperature if self._caches else None)
         # Once the model has trained, its weights no longer tell whether it wrote the rows.
-        kept = self.reference.since == "first" and self._compared == shards.manifest.identity
+        kept = self.reference.reference.since == "first" and self._compared == shards.manifest.identity
         shards.check_fits(model, adapter_is_idle(model), known=self.reference.resumed_from(trainer) is not None or kept)
         self._compared = shards.manifest.identity
         shards.with_log_probs = self._caches
@@ -557,10 +570,3 @@ def _disconnect(data: ReplayDataModule) -> None:
     data.uses_per_sample = 1
     data.joins_batch = True
     data.drawn = None
-
-
-def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
-    dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`reference_dtype` is a floating-point type of torch, such as 'bfloat16'; got {given!r}.")
-    return dtype

@@ -37,7 +37,7 @@ from lightning_replay.demo.toy_tasks import (
 from lightning_replay.metrics import average_accuracy, backward_transfer
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import evaluating
-from lightning_replay.references.keeper import Reference
+from lightning_replay.references.reference import ReferenceName
 
 try:
     import matplotlib
@@ -228,7 +228,7 @@ def _small_transformer() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def replay_of(tasks: Sequence[str], reference: Reference = "auto", **options: Any) -> SelfGeneratedReplay:
+def replay_of(tasks: Sequence[str], reference: ReferenceName = "auto", **options: Any) -> SelfGeneratedReplay:
     """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",
