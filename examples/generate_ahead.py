@@ -89,7 +89,7 @@ def main() -> None:
 
     rows, held_out = options.output / "rows", options.output / "held_out"
     length, seed = options.sequence_length, options.seed
-    engine = Ray(options.actors) if options.engine == "ray" else "local"
+    engine: Any = Ray(options.actors) if options.engine == "ray" else "local"
     made = generate_rows(
         options.model, options.rows, rows, sequence_length=length, reference_top_k=64, seed=seed, engine=engine
     )

@@ -21,7 +21,7 @@ from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
-from lightning_replay.references.kinds import Copy, Save
+from lightning_replay.references.reference import Copy, Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.validation import check_package, is_whole

@@ -18,7 +18,9 @@ from lightning_replay.losses import (
 )
 from lightning_replay.utilities.validation import check_choice, is_number
 
-__all__ = ["KL", "LwF", "Mixed", "NextToken", "ReplayLoss", "replay_loss_of"]
+__all__ = ["KL", "LossName", "LwF", "Mixed", "NextToken", "ReplayLoss", "replay_loss_of"]
+
+LossName = Literal["kl", "ntp", "mixed", "lwf"]
 
 _DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}
 
@@ -161,10 +163,10 @@ class LwF(ReplayLoss):
         return forward_kl(logits, reference_logits, mask, temperature=self.temperature)
 
 
-_LOSSES: dict[str, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}
+_LOSSES: dict[LossName, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}
 
 
-def replay_loss_of(given: str | ReplayLoss) -> ReplayLoss:
+def replay_loss_of(given: LossName | ReplayLoss) -> ReplayLoss:
     """The loss that a string stands for, with its defaults; a loss itself as it is.
 
     Raises:

@@ -16,17 +16,18 @@ from typing_extensions import override
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.callbacks.refill import SampledRows, Supply
-from lightning_replay.callbacks.replay_loss import ReplayLoss, replay_loss_of
+from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
 from lightning_replay.callbacks.training_step import ReplayStep
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.share import REPLAY_FRACTION, ReplayShare
 from lightning_replay.data.sources import RowSource, ShardRows
 from lightning_replay.models.language_model import LanguageModel, check_tokens, find_language_model
+from lightning_replay.references.adapters import adapter_is_idle
 from lightning_replay.references.cached import cache_reference
 from lightning_replay.references.keeper import ReferenceKeeper
-from lightning_replay.references.kinds import Cached, Reference, reference_of
-from lightning_replay.references.models import LiveModel, ReferenceModel, adapter_is_idle
+from lightning_replay.references.models import LiveModel, ReferenceModel
+from lightning_replay.references.reference import Cached, Reference, ReferenceName, reference_of
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import check_strategy
@@ -149,9 +150,9 @@ class SelfGeneratedReplay(Callback):
 
     def __init__(
         self,
-        loss: str | ReplayLoss = "kl",
+        loss: LossName | ReplayLoss = "kl",
         coefficient: float | Callable[[int], float] = _COEFFICIENT,
-        reference: str | Reference = "auto",
+        reference: ReferenceName | Reference = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008
         source: Source = "reference",
         *,
@@ -530,7 +531,7 @@ class SelfGeneratedReplay(Callback):
                 f"{model.context} at most. Cut them to that."
             )
 
-    def _refuse_what_has_no_effect(self, reference: str | Reference) -> None:
+    def _refuse_what_has_no_effect(self, reference: ReferenceName | Reference) -> None:
         """Refuse arguments of the constructor that would be ignored beside others."""
         sampling = self.rows.generator.sampling
         if isinstance(self.reference.reference, Cached) and (self.source == "live" or self.loss.rows == "new"):

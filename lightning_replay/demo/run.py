@@ -37,7 +37,7 @@ from lightning_replay.demo.toy_tasks import (
 from lightning_replay.metrics import average_accuracy, backward_transfer
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import evaluating
-from lightning_replay.references.kinds import Cached, Reference, reference_of
+from lightning_replay.references.reference import Cached, Reference, ReferenceName, reference_of
 from lightning_replay.sampling.sampling import Sampling
 
 try:
@@ -229,7 +229,7 @@ def _small_transformer() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def replay_of(tasks: Sequence[str], reference: str | Reference = "auto") -> SelfGeneratedReplay:
+def replay_of(tasks: Sequence[str], reference: ReferenceName | Reference = "auto") -> SelfGeneratedReplay:
     """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",

@@ -1,1 +1,1 @@
-"""The reference model π: a copy, an adapter switched off, cached log-probabilities or an average."""
+"""The reference model π: a copy, an adapter switched off, cached log-probabilities or a moving average."""

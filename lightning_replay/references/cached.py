@@ -12,9 +12,17 @@ __all__ = ["cache_reference"]
 def cache_reference(
     model: LanguageModel, rows: ReplayRows, k: int, temperature: float, batch_size: int = 64
 ) -> ReplayRows:
-    """The same rows with the model's likeliest next tokens and their log-probabilities, one forward for each row.
+    """The same rows with the model's likeliest next tokens and their log-probabilities.
 
-    Not taken while decoding: rows are cut and packed afterwards, and a row's own context is what training sees.
+    Each row takes one forward after decoding: rows are cut and packed after they are decoded, and the log-probabilities
+    have to be those of the context that training uses.
+
+    Args:
+        model: The reference, active.
+        rows: The rows.
+        k: The number of tokens to keep for each position; all if the vocabulary is smaller.
+        temperature: Divides the logits.
+        batch_size: Rows in a forward.
     """
     ids, log_probs = [], []
     for some in torch.arange(len(rows.tokens)).split(batch_size):  # type: ignore[no-untyped-call]

@@ -20,12 +20,12 @@ __all__ = ["ReferenceFile", "SavesReferenceBeside", "read_reference"]
 
 
 class ReferenceFile(NamedTuple):
-    """What a checkpoint says of the file: it is found in the checkpoint's own folder, wherever that has moved.
+    """What a checkpoint stores of the file, which is in the folder of the checkpoint, wherever that was moved.
 
     Attributes:
-        file: Its name, which holds the beginning of the hash, so that runs that share a folder don't share a file.
+        file: Its name, with the first digits of the hash, so that runs that share a folder have files of their own.
         sha256: The hash of its bytes.
-        size: How many those are.
+        size: The number of its bytes.
     """
 
     file: str
@@ -34,15 +34,15 @@ class ReferenceFile(NamedTuple):
 
 
 class SavesReferenceBeside(CheckpointIO):
-    """Takes a reference out of each checkpoint on its way to a folder, and writes it there once.
+    """Takes the reference out of each checkpoint that is written, and writes it once into the same folder.
 
-    Only here is the path of a checkpoint known: `on_save_checkpoint` is not told it, and `trainer.save_checkpoint` may
-    be given any. It runs on rank 0 alone, as all writing of checkpoints does. Where something else has taken its place,
-    the reference stays inside the checkpoint, which can be read as well.
+    Only a ``CheckpointIO`` knows the path of a checkpoint: `on_save_checkpoint` doesn't get it, and
+    `trainer.save_checkpoint` takes any. It runs on rank 0 alone, as all writing of checkpoints does. If another plugin
+    replaces it, the reference stays inside the checkpoint, which can be read as well.
 
     Args:
-        wrapped: What reads and writes checkpoints.
-        key: Where in a checkpoint the reference's weights are.
+        wrapped: The plugin that reads and writes checkpoints.
+        key: The key of the reference's weights in a checkpoint.
     """
 
     def __init__(self, wrapped: CheckpointIO, key: str) -> None:
@@ -51,14 +51,14 @@ class SavesReferenceBeside(CheckpointIO):
         self._known: tuple[Mapping[str, Tensor], ReferenceFile] | None = None
 
     def forget(self) -> None:
-        """Let go of the weights that were saved last: there will be others."""
+        """Forget the weights that were saved last. The next fit has others."""
         self._known = None
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         weights = checkpoint.get(self.key)
         if weights:
-            # The reference first: no checkpoint names a file that is not there.
+            # The reference first, so that a checkpoint never names a file that is missing.
             checkpoint = checkpoint | {self.key: self._write(weights, _folder(path))._asdict()}
         self.wrapped.save_checkpoint(checkpoint, path, storage_options)
 
@@ -75,7 +75,7 @@ class SavesReferenceBeside(CheckpointIO):
         self.wrapped.teardown()
 
     def _write(self, weights: Mapping[str, Tensor], folder: str) -> ReferenceFile:
-        """Write the weights, unless the folder has them already."""
+        """Write the weights, unless they are in the folder already."""
         if self._known is not None and _same(self._known[0], weights):
             named = self._known[1]
             if _size(folder, named.file) == named.size:
@@ -94,11 +94,11 @@ def read_reference(named: Mapping[str, Any], checkpoint: Any) -> dict[str, Tenso
     """The weights in the file that a checkpoint names.
 
     Args:
-        named: What the checkpoint says of the file.
+        named: What the checkpoint stores of the file.
         checkpoint: The checkpoint's path.
 
     Raises:
-        MisconfigurationException: If the file is not there, or is another one than was saved.
+        MisconfigurationException: If the file is missing or was altered.
     """
     path = posixpath.join(_folder(checkpoint), named["file"])
     try:
@@ -106,15 +106,15 @@ def read_reference(named: Mapping[str, Any], checkpoint: Any) -> dict[str, Tenso
     except FileNotFoundError as error:
         raise MisconfigurationException(
             f"{checkpoint} names the reference model in {named['file']}, but there is no such file in its folder. It "
-            "was written beside the checkpoint: copy it there from where the checkpoint comes from. With "
-            "`reference_checkpoint='inside'` a checkpoint needs no other file."
+            "was written beside the checkpoint: copy it from the folder that the checkpoint comes from. With "
+            "`save='inside'` a checkpoint needs no other file."
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != named["sha256"]:
         raise MisconfigurationException(
             f"{path} is not the reference model that {checkpoint} was saved with: it has {len(content)} bytes with the "
             f"SHA-256 {digest}, and {named['size']} bytes with {named['sha256']} are expected. Copy the file again "
-            "from where the checkpoint comes from."
+            "from the folder that the checkpoint comes from."
         )
     return load(content)
 
@@ -129,16 +129,16 @@ def _size(folder: str, name: str) -> int | None:
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two states are of the same memory, in which a frozen copy's weights never change."""
+    """Whether two states share their memory. The weights of a frozen copy never change in it."""
     return one.keys() == other.keys() and all(one[name].data_ptr() == other[name].data_ptr() for name in one)
 
 
 def _write_whole(content: bytes, folder: str, name: str) -> None:
-    """Write a file whole or not at all: what stood there before stays until the new one is complete."""
+    """Replace a file in one step, once the new one is complete."""
     filesystem, path = url_to_fs(posixpath.join(folder, name))
     filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
     if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(path, content)  # an object store shows an object when all of it has arrived
+        filesystem.pipe_file(path, content)  # object stores show an object once it is complete
         return
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)

@@ -1,34 +1,20 @@
-"""Taking the reference model at fit start and carrying it through checkpoints."""
+"""Taking the reference model in a fit and saving it in checkpoints."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.references.adapters import DisabledAdapter, adapter_is_idle
 from lightning_replay.references.checkpoint import SavesReferenceBeside, read_reference
-from lightning_replay.references.models import (
-    DisabledAdapter,
-    FrozenCopy,
-    MovingAverage,
-    ReferenceModel,
-    adapter_is_idle,
-)
-from lightning_replay.references.sharded import ShardedCopy
-from lightning_replay.utilities.distributed import is_sharded
+from lightning_replay.references.models import ReferenceModel, SavedReference
+from lightning_replay.references.reference import Reference
 
-__all__ = ["Reference", "ReferenceCheckpoint", "ReferenceFrom", "ReferenceKeeper"]
-
-Reference = Literal["auto", "copy", "adapter", "cached", "ema"]
-
-
-ReferenceFrom = Literal["fit", "first"]
-
-
-ReferenceCheckpoint = Literal["inside", "beside"]
+__all__ = ["ReferenceKeeper"]
 
 _CHECKPOINT_KEY = "lightning_replay_reference"
 
@@ -37,135 +23,151 @@ _UNTRAINED_KEY = "lightning_replay_untrained"
 """In checkpoints whose weights are those at fit start."""
 
 
-class ReferenceKeeper:
-    """Takes the reference model π at the start of a fit and carries it through checkpoints.
+class _NotTaken(NamedTuple):
+    """This fit has no reference yet: it will be taken from the model."""
 
-    With ``"auto"``, a fresh PEFT adapter is switched off, and every other model is copied. Log-probabilities are cached
-    only where that is asked for: they are exact for the likeliest tokens alone, and without an adapter to switch off
-    they end the supply of fresh rows. After a resume, π is the saved one: the weights that the checkpoint brings are
-    half trained.
+
+class _Taken(NamedTuple):
+    """The reference of this fit, or of an earlier one for ``since="first"``."""
+
+    reference: ReferenceModel
+
+
+class _Restored(NamedTuple):
+    """A checkpoint held the reference: its weights, or None for one that needs none, such as an adapter off."""
+
+    weights: Mapping[str, Tensor] | None
+
+
+class _Weights(Enum):
+    """Which weights a model or a checkpoint has."""
+
+    AT_FIT_START = auto()
+    TRAINED = auto()
+
+
+class ReferenceKeeper:
+    """Takes the reference model π in each fit and saves it in checkpoints.
+
+    After a resume, π is the saved one: the weights in the checkpoint are half trained.
 
     Args:
-        kind: ``"auto"``, ``"copy"``, ``"adapter"``, ``"ema"`` or ``"cached"``, for which nothing is kept here unless an
-            adapter can be switched off.
-        dtype: Of a copy.
-        device: Of a copy.
-        since: ``"fit"`` takes π again in each fit, ``"first"`` keeps the first fit's.
-        ema_decay: Decay of ``"ema"``.
-        checkpoint: Where a copy is saved: ``"inside"`` each checkpoint, which is then whole by itself wherever it is
-            moved or uploaded, or once ``"beside"`` them. An average changes, so it is always inside.
-        owner: Whose reference this is, where a checkpoint may hold several.
+        reference: Which model is π.
+        owner: The name of the callback whose reference this is, if a checkpoint may hold several.
 
-    Raises:
-        ValueError: If an argument is not one of those named, or ``ema_decay`` is outside [0, 1).
+    Attributes:
+        reference: Which model is π.
     """
 
-    def __init__(self, reference, owner=""):
+    def __init__(self, reference: Reference, owner: str = "") -> None:
         self.reference = reference
-        dtype = getattr(reference, "dtype", None)
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.device = getattr(reference, "device", None)
-        self.kind = reference.kind
-        self.since = reference.since
-        self.ema_decay = getattr(reference, "decay", 0.999)
-        self.checkpoint = getattr(reference, "save", "inside")
         self._key = f"{_CHECKPOINT_KEY}/{owner}" if owner else _CHECKPOINT_KEY
-        self._reference: FrozenCopy | ShardedCopy | DisabledAdapter | None = None
-        self._restored: Mapping[str, Tensor] | None = None
-        self._restored_idle_adapter = False
-        self._training = False
-        self._restored_untrained = False
+        self._state: _NotTaken | _Taken | _Restored = _NotTaken()
+        self._model = _Weights.AT_FIT_START
+        self._checkpoint: _Weights | None = None
+        """Of the checkpoint that this fit has loaded last; None before it has loaded one."""
 
     @property
     def is_model_at_fit_start(self) -> bool:
-        """Whether what is kept here is the model as it was when the fit began, on every input."""
-        return self.kind in ("auto", "copy", "adapter") and self.since == "fit" and self.dtype is None
+        """Whether π gives exactly the logits that the model gave when the fit began, on every input."""
+        return self.reference.is_model_at_fit_start
+
+    @property
+    def taken(self) -> ReferenceModel | None:
+        """The reference model; None as long as this fit has not taken it."""
+        return self._state.reference if isinstance(self._state, _Taken) else None
 
     def begin_fit(self, trainer: pl.Trainer) -> None:
-        """Forget the last fit's reference, unless the first one's is to be kept."""
-        if self.checkpoint == "beside" and self.kind != "ema":
+        """Forget the reference of the last fit, unless that of the first one is to be kept."""
+        if self.reference.saves_beside:
             self._save_beside(trainer)
-        if self.since == "fit":
-            self._reference = None
-        self._restored = None
-        self._restored_idle_adapter = False
-        self._training = self._restored_untrained = False
+        if self.reference.since == "fit" or not isinstance(self._state, _Taken):
+            self._state = _NotTaken()
+        self._model, self._checkpoint = _Weights.AT_FIT_START, None
 
     def begin_training(self) -> None:
-        """From here on, checkpoints of this fit hold weights that it has trained."""
-        self._training = True
+        """From here on, the model and the checkpoints of this fit have trained weights."""
+        self._model = _Weights.TRAINED
 
     def resumed_from(self, trainer: pl.Trainer) -> Any:
-        """The checkpoint whose training the fit goes on with; None where it begins anew.
+        """The path of the checkpoint whose training this fit continues; None if it starts anew.
 
-        Callbacks such as ``LearningRateFinder`` save one at fit start, try something and restore it.
+        Callbacks such as ``LearningRateFinder`` save a checkpoint at fit start, try some steps and restore it.
         """
-        return None if self._restored_untrained else trainer.ckpt_path
+        return None if self._checkpoint is _Weights.AT_FIT_START else trainer.ckpt_path
 
     def get(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
-        """The reference; taken from the model if this fit has none yet.
+        """The reference model; taken from the model if this fit has none yet.
 
         Raises:
-            MisconfigurationException: If the run resumes from a checkpoint that holds no reference, or
-                ``"adapter"`` was asked for and there is none to switch off, or the weights are sharded and the copy is
-                to be another than they.
+            MisconfigurationException: If the run resumes from a checkpoint without the reference's weights, or the
+                reference can't be taken from this model.
         """
-        if self._reference is None:
-            self._reference = self.adapter(model)
-        if self._reference is None:
-            if self.kind == "adapter":
-                raise MisconfigurationException(
-                    f"`reference='adapter'` switches a fresh PEFT adapter off, but {type(model.module).__name__} has "
-                    "none, or it has been trained before, or weights under it train as well. Use `reference='copy'`."
-                )
-            self._reference = self._copy(trainer, model)
-        return self._reference
+        if not isinstance(self._state, _Taken):
+            self._state = _Taken(self._take(trainer, model))
+        return self._state.reference
 
     def adapter(self, model: LanguageModel) -> DisabledAdapter | None:
-        """The model with its adapters off, where that is the reference and this kind of reference may be that."""
-        if isinstance(self._reference, DisabledAdapter):
-            return self._reference
-        if self.kind in ("copy", "ema"):
+        """The model with its adapters off, if that is the reference or will be."""
+        if isinstance(self._state, _Taken):
+            return self._state.reference if isinstance(self._state.reference, DisabledAdapter) else None
+        if not self.reference.switches_adapter_off:
             return None
         # After a resume the adapter is trained, but the base under it is still the reference.
-        return DisabledAdapter(model) if self._restored_idle_adapter or adapter_is_idle(model) else None
+        restored = isinstance(self._state, _Restored) and self._state.weights is None
+        return DisabledAdapter(model) if restored or adapter_is_idle(model) else None
 
     def follow(self, model: LanguageModel) -> None:
-        """Let a moving average take its step; call it after each optimizer step."""
-        if isinstance(self._reference, MovingAverage):
-            self._reference.update(model)
+        """Let a moving average take its step. Call it after each optimizer step."""
+        if isinstance(self._state, _Taken):
+            self._state.reference.follow(model)
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Put a copied reference into a checkpoint; an adapter switched off needs no saving."""
-        if not self._training and self.resumed_from(trainer) is None:
+        """Put the weights of the reference into a checkpoint, or None if it needs none."""
+        if self._model is _Weights.AT_FIT_START and self.resumed_from(trainer) is None:
             checkpoint[_UNTRAINED_KEY] = True
-        if isinstance(self._reference, (FrozenCopy, ShardedCopy)):
-            checkpoint[self._key] = self._reference.state_dict()
-        elif isinstance(self._reference, DisabledAdapter) or self._restored_idle_adapter:
-            checkpoint[self._key] = None
-        elif self._restored is not None:
-            checkpoint[self._key] = self._restored
+        if isinstance(self._state, _Taken):
+            reference = self._state.reference
+            checkpoint[self._key] = reference.state_dict() if isinstance(reference, SavedReference) else None
+        elif isinstance(self._state, _Restored):
+            checkpoint[self._key] = self._state.weights
 
     def load(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
         """Take the reference from a checkpoint, if it holds or names one.
 
         Raises:
-            MisconfigurationException: If the file that it names is missing, or another one than was saved.
+            MisconfigurationException: If the file that it names is missing or was altered.
         """
-        self._restored_untrained = _UNTRAINED_KEY in checkpoint
-        # Before references had owners, all of a run were saved under one key.
+        self._checkpoint = _Weights.AT_FIT_START if _UNTRAINED_KEY in checkpoint else _Weights.TRAINED
+        # Before references had owners, all callbacks saved theirs under one key.
         key = self._key if self._key in checkpoint else _CHECKPOINT_KEY
         if key not in checkpoint:
             return
         saved = checkpoint[key]
-        self._reference = None
-        self._restored_idle_adapter = saved is None
-        # A name is text, and a weight never is.
+        # The name of a file is text. A weight never is.
         named = saved is not None and isinstance(saved.get("file"), str)
-        self._restored = read_reference(saved, trainer.ckpt_path) if named else saved
+        self._state = _Restored(read_reference(saved, trainer.ckpt_path) if named else saved)
+
+    def _take(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
+        weights = self._state.weights if isinstance(self._state, _Restored) else None
+        if isinstance(self._state, _Restored) and weights is None and (adapter := self.adapter(model)) is not None:
+            return adapter
+        reference = self.reference.take(model, trainer)
+        if not isinstance(reference, SavedReference):
+            return reference
+        if weights is not None:
+            reference.load_state_dict(weights)
+        elif self.resumed_from(trainer) is not None:
+            raise MisconfigurationException(
+                f"The run resumes from {trainer.ckpt_path}, which holds no reference model: it was saved with "
+                "`save_weights_only=True` or without replay, and the model before finetuning can't be told from its "
+                "weights. Resume from a full checkpoint of a run with replay, or load the weights into the module "
+                "and fit without `ckpt_path`: the reference is then the model as loaded."
+            )
+        return reference
 
     def _save_beside(self, trainer: pl.Trainer) -> None:
-        """See to it that this Trainer's checkpoints leave the reference beside them, for as long as it lives."""
+        """Let this Trainer write the reference beside its checkpoints from now on."""
         outermost = io = trainer.strategy.checkpoint_io
         while isinstance(io, SavesReferenceBeside):
             if io.key == self._key:
@@ -173,28 +175,3 @@ class ReferenceKeeper:
                 return
             io = io.wrapped
         trainer.strategy.checkpoint_io = SavesReferenceBeside(outermost, self._key)
-
-    def _copy(self, trainer: pl.Trainer, model: LanguageModel) -> FrozenCopy | ShardedCopy:
-        if self.resumed_from(trainer) is not None and self._restored is None:
-            raise MisconfigurationException(
-                f"The run resumes from {trainer.ckpt_path}, which holds no reference model: it was saved with "
-                "`save_weights_only=True` or without replay, and the model before finetuning can't be told from its "
-                "weights. Resume from a full checkpoint of a run with replay, or load the weights into the module "
-                "and fit without `ckpt_path`: the reference is then the model as loaded."
-            )
-        reference: FrozenCopy | ShardedCopy
-        if is_sharded(trainer):
-            if self.kind == "ema" or self.dtype is not None or self.device is not None:
-                raise MisconfigurationException(
-                    "Of a model whose weights are sharded each process keeps its part of the reference, beside the "
-                    "model's and of its type. Leave out `reference='ema'`, `reference_dtype` and `reference_device`."
-                )
-            reference = ShardedCopy(model)
-        elif self.kind == "ema":
-            reference = MovingAverage(model, self.ema_decay, self.dtype, self.device)
-        else:
-            reference = FrozenCopy(model, self.dtype, self.device)
-        if self._restored is not None:
-            reference.load_state_dict(self._restored)
-            self._restored = None
-        return reference

@@ -1,4 +1,4 @@
-"""A reference for models whose weights are spread over processes, which can't be copied whole."""
+"""A reference for models whose weights are sharded over processes, so that no process can copy all of them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,17 +7,21 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel, evaluating
+from lightning_replay.references.models import SavedReference
 
 __all__ = ["ShardedCopy"]
 
 
-class ShardedCopy:
+class ShardedCopy(SavedReference):
     """A copy of the weights as they are now, of which each process keeps the part that it has of the model.
 
-    While the copy is asked, its weights stand in the model's place, and FSDP2 gathers them as it would the model's. So
-    it costs the memory of a second sharded model, and all processes have to ask it equally often.
+    While the copy is in use, its weights take the place of the model's, and FSDP2 gathers them as it would the model's.
+    It thus takes the memory of a second sharded model, and all processes have to call it equally often. It runs the
+    model's own module, so functions stored on that compute with the copy's weights, and ``check_independent`` has
+    nothing to test.
 
     Args:
         model: The model, with FSDP2's `fully_shard` applied to it.
@@ -28,6 +32,7 @@ class ShardedCopy:
         with torch.no_grad():
             self._weights = [part.clone() for part in self._parts()]
 
+    @override
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
         """Yield the model with the copy's weights, in evaluation mode; its own are back afterwards."""
@@ -38,6 +43,7 @@ class ShardedCopy:
         finally:
             self._exchange()
 
+    @override
     def state_dict(self) -> dict[str, Tensor]:
         """The copy's weights, whole and on the CPU, in every process; all call this together."""
         with self.active() as model:
@@ -47,8 +53,9 @@ class ShardedCopy:
                 for name, value in state.items()
             }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put other weights, whole ones, in the copy's place; all processes call this together."""
+        """Replace the copy's weights by saved ones, which are whole; all processes call this together."""
         with self.active() as model:
             for name, value in model.module.state_dict().items():
                 whole = state[name].to(value.device)
@@ -58,7 +65,7 @@ class ShardedCopy:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Let the copy's weights and the model's change places."""
+        """Exchange the copy's weights and the model's."""
         for ours, theirs in zip(self._weights, self._parts(), strict=True):
             kept = theirs.clone()
             theirs.copy_(ours)
@@ -66,7 +73,7 @@ class ShardedCopy:
 
     def _parts(self) -> list[Tensor]:
         """This process's part of each of the model's weights."""
-        # What FSDP2 has gathered is gathered anew from the parts, by a backward that is still to come as well.
+        # So that FSDP2 gathers the weights anew from the parts, also in a backward that is still to come.
         for module in self._model.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -33,9 +33,8 @@ def one_thread(same_every_time: None) -> None:
 
 
 def replay_of(loss: Any = "kl", **options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(
-        loss, **{"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)} | options
-    )
+    defaults: dict[str, Any] = {"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)}
+    return SelfGeneratedReplay(loss, **defaults | options)
 
 
 def monitor_of(**options: Any) -> ForgettingMonitor:

@@ -136,7 +136,7 @@ def test_two_monitors_and_a_replay_callback_share_one_reference(tiny_llama: Make
     trainer.fit(UserModule(tiny_llama()), datamodule=ReplayDataModule(mapping_loader(), 0.2))
     a, b = (float(trainer.callback_metrics[f"prior_kl/{name}"]) for name in "ab")
     assert a == b > 0
-    assert all(monitor._own_reference._reference is None for monitor in monitors)
+    assert all(monitor._own_reference.taken is None for monitor in monitors)
 
 
 def test_resuming_keeps_the_baseline_and_the_reference(tiny_llama: Make, tmp_path: Path) -> None:

@@ -53,9 +53,8 @@ class DataWithHyperparameters(L.LightningDataModule):
 
 
 def replay_of(**options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(
-        **{"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)} | options
-    )
+    defaults: dict[str, Any] = {"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)}
+    return SelfGeneratedReplay(**defaults | options)
 
 
 def monitor_of() -> ForgettingMonitor:

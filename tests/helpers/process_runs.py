@@ -199,7 +199,7 @@ def cached(folder: Path) -> Any:
 def make_rows(folder: Path) -> None:
     """What `generated` reads, for all processes."""
     tiny_llama().save_pretrained(folder / "model")
-    options = {"sequence_length": 12, "shard_rows": 5, "reference_top_k": 8, "seed": 5}
+    options: dict[str, Any] = {"sequence_length": 12, "shard_rows": 5, "reference_top_k": 8, "seed": 5}
     generate_rows(str(folder / "model"), 12, folder / "rows", **options)
 
 

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -11,11 +10,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from lightning_replay import sample_rows
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.sampling.decoder import Decoder, rows_at_a_time
 from tests.helpers.families import FAMILIES
-from tests.helpers.modules import VOCABULARY, HandWritten, UserModule
+from tests.helpers.modules import VOCABULARY, UserModule
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -104,24 +102,3 @@ def test_rows_decoded_together_fit_the_memory_that_is_meant_for_them(
         assert rows_at_a_time(model, 20) == 5
         monkeypatch.setattr("lightning_replay.sampling.decoder._MEMORY", {"share": 0.125, "cpu": 1})
         assert rows_at_a_time(model, 20) == 1
-
-
-@pytest.mark.slow
-def test_a_compiled_forward_says_the_same_and_is_compiled_once(tiny_llama: Make) -> None:
-    model = of(tiny_llama())
-    with torch.no_grad():
-        plain, compiled = (
-            sample_rows(model, [[1], [1, 5, 6]] * 4, 12, torch.Generator().manual_seed(0), compiled=compiled)
-            for compiled in (False, True)
-        )
-    assert torch.equal(compiled.tokens, plain.tokens)
-    torch.testing.assert_close(compiled.log_probs, plain.log_probs, atol=1e-5, rtol=1e-5)
-    frames = torch._dynamo.utils.counters["frames"]["total"]
-    with torch.no_grad():
-        sample_rows(model, [[1], [1, 5, 6]] * 4, 12, torch.Generator().manual_seed(1), compiled=True)
-    assert torch._dynamo.utils.counters["frames"]["total"] == frames
-
-
-def test_a_model_without_keys_and_values_of_a_fixed_size_is_not_compiled() -> None:
-    with pytest.raises(MisconfigurationException, match="HandWritten doesn't take"):
-        Decoder(of(HandWritten()), 8, compiled=True)

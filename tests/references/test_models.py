@@ -1,0 +1,73 @@
+"""References that hold weights: a frozen copy and a moving average."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lightning_replay.models.language_model import LanguageModel, find_language_model
+from lightning_replay.references.models import FrozenCopy, LiveModel, MovingAverage
+from tests.helpers.modules import VOCABULARY, UserModule
+
+Make = Callable[..., LlamaForCausalLM]
+TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+def of(module: nn.Module) -> LanguageModel:
+    return find_language_model(UserModule(module), None)
+
+
+def test_a_frozen_copy_keeps_the_weights_it_was_made_from(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    before = model.logits(TOKENS).detach()
+    copy = FrozenCopy(model)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(1)
+    with copy.active() as frozen:
+        assert torch.equal(frozen.logits(TOKENS), before)
+        assert not any(parameter.requires_grad for parameter in frozen.module.parameters())
+
+
+def test_a_copy_can_be_kept_in_fewer_bits(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    with FrozenCopy(model, dtype=torch.bfloat16, device="cpu").active() as reference:
+        assert {parameter.dtype for parameter in reference.module.parameters()} == {torch.bfloat16}
+        logits = reference.logits(TOKENS)
+    assert logits.dtype == torch.bfloat16
+    exact = model.logits(TOKENS).detach()
+    assert float((logits - exact).norm() / exact.norm()) < 0.03
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+
+
+def test_a_moving_average_equals_its_closed_form(tiny_llama: Make) -> None:
+    model, decay = of(tiny_llama()), 0.9
+    average = MovingAverage(model, decay)
+    start = model.module.lm_head.weight.detach().clone()  # type: ignore[union-attr,operator]
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in model.module.parameters():
+                parameter.add_(1.0)
+        average.follow(model)
+        with average.active() as reference:
+            # Weights w + t after step t: the average lags behind by the sum of the powers of the decay.
+            lag = sum(decay**i for i in range(1, step + 1))
+            expected = start + step - lag
+            torch.testing.assert_close(reference.module.lm_head.weight, expected)  # type: ignore[union-attr]
+
+
+def test_only_a_moving_average_follows_the_model(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    before = model.logits(TOKENS).detach()
+    references = [FrozenCopy(model), MovingAverage(model, 0.5), LiveModel(model)]
+    with torch.no_grad():
+        model.module.lm_head.weight.mul_(3)  # type: ignore[union-attr,operator]
+    answers = []
+    for reference in references:
+        reference.follow(model)
+        with reference.active() as active:
+            answers.append(active.logits(TOKENS))
+    # The logits are linear in the head, whose average of 1 and 3 is 2.
+    for answer, factor in zip(answers, (1, 2, 3), strict=True):
+        torch.testing.assert_close(answer, factor * before)
