@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_replay.buffers.buffer import ReplayBuffer
+from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.refill import SampledRows, Supply
 from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
 from lightning_replay.callbacks.training_step import ReplayStep
@@ -371,6 +372,11 @@ class SelfGeneratedReplay(Callback):
         self.step.seconds = state_dict["loss_seconds"]
         self._feed.share.load_state_dict(state_dict["share"])
         self.rows.generator.load_state_dict(state_dict)
+
+    @property
+    def drawn(self) -> ReplayRows | None:
+        """This rank's replay rows of the current batch, on the CPU; None if it has none."""
+        return self._feed_of_fit.drawn
 
     @property
     def _cached(self) -> Cached | None:

@@ -1,0 +1,28 @@
+import pytest
+
+from lightning_replay.data.share import ReplayShare
+
+
+def test_what_a_batch_owes_in_fractions_is_carried_over() -> None:
+    share = ReplayShare(0.25)
+    dealt = [share.deal([4]).takers for _ in range(6)]  # a third of 4 new rows
+    assert [len(takers) for takers in dealt] == [1, 1, 2, 1, 1, 2]
+    assert share.replay_rows(24) == pytest.approx(8)
+
+
+def test_replay_rows_are_dealt_to_the_ranks_in_turn() -> None:
+    assert ReplayShare(0.5).deal([2, 1]) == ([2, 1], [0, 1, 0])
+
+
+def test_new_rows_give_way_and_one_stays_on_each_rank() -> None:
+    share = ReplayShare(0.9, "replace")
+    assert share.deal([4, 2]) == ([1, 1], [0, 1, 0, 0])
+    assert share.replay_rows(10) == pytest.approx(9)
+
+
+def test_a_share_goes_on_from_its_state() -> None:
+    share, other = ReplayShare(0.3), ReplayShare(0.3)
+    for size in (3, 5, 8):
+        share.deal([size])
+    other.load_state_dict(share.state_dict())
+    assert [share.deal([7]) for _ in range(5)] == [other.deal([7]) for _ in range(5)]
