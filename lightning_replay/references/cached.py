@@ -25,7 +25,7 @@ def cache_reference(
         batch_size: Rows in a forward.
     """
     ids, log_probs = [], []
-    for some in torch.arange(len(rows.tokens)).split(batch_size):  # type: ignore[no-untyped-call]
+    for some in torch.arange(len(rows.tokens), dtype=torch.int64).split(batch_size):  # type: ignore[no-untyped-call]
         logits = model.logits(rows.tokens[some, :-1].to(model.device))
         top_ids, top_log_probs = top_k_log_probs(logits, min(k, model.vocabulary), temperature)
         ids.append(top_ids.cpu())

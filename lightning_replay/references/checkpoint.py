@@ -106,7 +106,7 @@ def read_reference(named: Mapping[str, Any], checkpoint: Any) -> dict[str, Tenso
     except FileNotFoundError as error:
         raise MisconfigurationException(
             f"{checkpoint} names the reference model in {named['file']}, but there is no such file in its folder. It "
-            "was written beside the checkpoint: copy it from the folder that the checkpoint comes from. With "
+            "was written beside the checkpoint: copy it there from the folder that the checkpoint comes from. With "
             "`save='inside'` a checkpoint needs no other file."
         ) from error
     digest = hashlib.sha256(content).hexdigest()

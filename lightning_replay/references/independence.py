@@ -230,7 +230,7 @@ def _followed(asked: LanguageModel, other: LanguageModel, tokens: Tensor, before
             if any(part.dtype in _BITS for part in (*child.parameters(), *child.buffers()))
         }
         inside = [name for name, child in children.items() if _follows(asked, child, tokens, before)]
-        if inside and len(inside) < len(children):
+        if inside and (len(inside) < len(children) or isinstance(module, (nn.ModuleList, nn.ModuleDict))):
             paths += inside
         else:
             found.append(path)

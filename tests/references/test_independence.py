@@ -149,7 +149,8 @@ def test_an_average_of_a_patched_model_is_that_of_the_model_without_patches(tiny
     assert not torch.allclose(seen, before)
 
 
-@pytest.mark.parametrize("patch", ["compiled", "wrapped", "compiled_by_layer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", ["compiled", "wrapped"])
 def test_a_patched_model_is_trained_with_the_replay_loss_of_the_model_without_patches(
     tiny_llama: Make, patch: str
 ) -> None:
@@ -197,6 +198,12 @@ def test_what_can_not_be_bound_to_the_copy_is_refused_by_name(tiny_llama: Make) 
             FrozenCopy(model)
         with pytest.raises(MisconfigurationException, match=named):
             MovingAverage(model, 0.9)
+    model = of(tiny_llama())
+    layers: Any = model.module.get_submodule("model.layers")
+    for layer in layers:
+        layer.forward = Holder(layer)
+    with pytest.raises(MisconfigurationException, match=r"`model.layers.0` \(LlamaDecoderLayer\), `model.layers.1`"):
+        FrozenCopy(model)
 
 
 def test_a_shared_submodule_is_refused(tiny_llama: Make) -> None:
