@@ -21,7 +21,7 @@ from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
-from lightning_replay.references.reference import Copy, Save
+from lightning_replay.references.reference import Auto, Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.validation import check_package, is_whole
@@ -122,7 +122,7 @@ class ForgettingMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self._own_reference = ReferenceKeeper(Copy(save=save_reference), owner=",".join(sorted(names)))
+        self._own_reference = ReferenceKeeper(Auto(save=save_reference), owner=",".join(sorted(names)))
         self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1

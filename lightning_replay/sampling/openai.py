@@ -52,9 +52,9 @@ class OpenAISampler:
         ValueError: If a number is out of its range.
 
     Example:
-        >>> from lightning_replay import SelfGeneratedReplay
+        >>> from lightning_replay import Sampling, SelfGeneratedReplay
         >>> sampler = OpenAISampler("http://localhost:8000/v1", "my-model")
-        >>> replay = SelfGeneratedReplay(sampler=sampler)
+        >>> replay = SelfGeneratedReplay(sampling=Sampling(sampler=sampler))
     """
 
     reference_only = True

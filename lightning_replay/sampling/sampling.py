@@ -84,8 +84,8 @@ class Sampling:
         own = {"temperature", "top_k", "top_p", "min_p", "stop_at_eos"} & set(self.changed)
         if own:
             raise ValueError(
-                f"A `sampler` handles temperature, truncation and end tokens itself, so {_quoted(own)} of Sampling "
-                "would have no effect. Set them in the sampler."
+                f"A `sampler` handles temperature, truncation and end tokens itself; got {_quoted(own)} of Sampling "
+                "beside it, which would have no effect. Set them in the sampler."
             )
 
     @property

@@ -201,7 +201,7 @@ def test_a_run_that_runs_out_of_time_has_replayed_until_then(tiny_llama: Make) -
     trainer = quiet_trainer(callbacks=[replay_of("ntp"), drawn], max_steps=-1, max_epochs=-1, max_time={"seconds": 1.5})
     trainer.fit(module, datamodule=data)
     assert 0 < trainer.global_step == len(drawn.rows) == len(module.losses)
-    assert data.replay_tokens == 2 * 12 * trainer.global_step
+    assert data.feed.replay_tokens == 2 * 12 * trainer.global_step
     assert "training_step" not in vars(module)
 
 

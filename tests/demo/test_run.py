@@ -32,7 +32,7 @@ def test_problems_have_right_answers(task: str) -> None:
 def test_the_command_tells_its_version_and_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
-    assert capsys.readouterr().out.strip() == lightning_replay.__version__
+    assert capsys.readouterr().out.strip() == f"lightning-replay {lightning_replay.__version__}"
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "demo" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_other_settings_are_refused_with_what_differs(
 ) -> None:
     folder = tmp_path / "rows"
     generate(model, folder)
-    message = "other settings: seed 0, now 1, sampling.temperature 1.0, now 0.5. Use the same, or another folder."
+    message = "other settings: sampling.temperature 1.0, now 0.5, seed 0, now 1. Use the same, or another folder."
     with pytest.raises(ValueError, match=message):
         generate(model, folder, seed=1, sampling=Sampling(temperature=0.5))
     tiny_llama(seed=1).save_pretrained(tmp_path / "other")

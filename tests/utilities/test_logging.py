@@ -190,14 +190,13 @@ def test_every_logger_holds_the_same_figures_settings_and_samples(
     loggers = {kind: KINDS[kind][0](tmp_path) for kind in ["csv", *kinds]}
     # One batch again and again, which is the prior set, too: its loss in the step is the monitor's before it.
     batch = mapping_loader(8)
+    replay = SelfGeneratedReplay(coefficient=3.0, refill_rows=4, sampling=Sampling(length=12))
+    replay.previews = 2
     trainer = quiet_trainer(
         max_epochs=-1,
         logger=list(loggers.values()),
         log_every_n_steps=1,
-        callbacks=[
-            SelfGeneratedReplay(coefficient=3.0, refill_rows=4, sampling=Sampling(length=12)),
-            ForgettingMonitor({"same": batch}, every_n_steps=2),
-        ],
+        callbacks=[replay, ForgettingMonitor({"same": batch}, every_n_steps=2)],
     )
     trainer.fit(WithHyperparameters(tiny_llama()), datamodule=ReplayDataModule(batch, 0.2))
     logged = {kind: KINDS[kind][1](logger) for kind, logger in loggers.items()}
@@ -276,4 +275,4 @@ def test_learning_without_forgetting_has_its_settings_in_the_loggers_too(tiny_ll
     assert settings["learning_rate"] == "0.01"
     assert settings["SelfGeneratedReplay/loss"] == "lwf"
     assert settings["SelfGeneratedReplay/coefficient"] == "lambda"
-    assert settings["SelfGeneratedReplay/reference_dtype"] == "torch.float32"
+    assert settings["SelfGeneratedReplay/reference/dtype"] == "torch.float32"
