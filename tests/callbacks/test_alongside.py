@@ -27,11 +27,6 @@ Configure = Callable[[nn.Module], nn.Module]
 RATE = 0.02
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_every_time: None) -> None:
-    torch.set_num_threads(1)
-
-
 def replay_of(loss: Any = "kl", **options: Any) -> SelfGeneratedReplay:
     return SelfGeneratedReplay(loss, **{"coefficient": 2.0, "refill_rows": 8, "sample_length": 12, "seed": 3} | options)
 

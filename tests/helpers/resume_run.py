@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ class KilledWhileSampling:
         return torch.ones(len(samples.tokens), dtype=torch.bool)
 
 
+def kill_at_checkpoint(folder: Path, step: int) -> None:
+    """Kill this process when it has written a step's checkpoint, and not yet moved it to its place."""
+    tempfile.tempdir = str(folder)  # what is left lying about
+
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "shutil.move" and str(arguments[1]).endswith(f"={step}.ckpt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+
+
 def tiny_model(lora: bool) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -113,6 +125,8 @@ def run(job: dict[str, Any]) -> None:
     lines = folder / "logged.jsonl"
     options = {"refill_rows": 4, "seed": 5} | job["replay"]
     kill = job.get("kill")
+    if kill and kill[0] == "checkpoint":
+        kill_at_checkpoint(folder, kill[1])
     filters = [KilledWhileSampling(kill[1] if kill and kill[0] == "sampling" else None)]
     module = UserModule(tiny_model(job.get("lora", False)))
     replay = SelfGeneratedReplay(**options, filters=filters)
