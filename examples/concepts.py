@@ -183,7 +183,11 @@ def main() -> None:
     assert seen.replayed is not None
     row = seen.replayed[:1]
     with torch.no_grad():
-        logits = {name: model(row).logits[0] for name, model in models.items()}
+        all_logits = {name: model(seen.replayed).logits for name, model in models.items()}
+    for arm in ARMS:
+        divergence = float(forward_kl(all_logits[arm], all_logits["before"]))
+        print(f"mean KL divergence on the samples, {arm}: {divergence:.3f}")
+    logits = {name: of_samples[0] for name, of_samples in all_logits.items()}
     # A typical position: the one with the median of the divergences without replay.
     divergences = forward_kl(logits[ARMS[0]][None], logits["before"][None], reduction="none")[0]
     position = int((divergences == divergences.median()).nonzero()[0])

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +9,35 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers.modules import VOCABULARY
 
-# The tests' models are tiny and the tests run side by side: more threads would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests' models are tiny and the tests run side by side: more threads would wait for each other. But what the tests
+# assert holds for any number of them, and `OMP_NUM_THREADS=2` tries it.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+
+SHARED_RUNS = ("tests/callbacks/test_killed.py", "tests/sampling/test_ray.py", "tests/utilities/test_distributed.py")
+"""Files whose tests read what a fixture of the module has made in a long time."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One of xdist's workers runs all tests of such a file, so that their fixture is made once; others go singly.
+
+    What `--dist loadgroup` is for, which groups nothing under pytest 9.2 (pytest-xdist, issue 1386).
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in SHARED_RUNS else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 
@@ -53,5 +76,8 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny model is kept from one script to the next."""
-    return tmp_path_factory.mktemp("examples")
+    """Where the tiny model is kept from one script to the next, whichever of xdist's workers runs it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "examples"
+    folder.mkdir(exist_ok=True)
+    return folder

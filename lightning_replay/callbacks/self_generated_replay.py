@@ -218,10 +218,6 @@ class SelfGeneratedReplay(Callback):
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
-        if sum(isinstance(callback, SelfGeneratedReplay) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "The Trainer has two SelfGeneratedReplay callbacks, and each would add a loss of its own. Keep one."
-            )
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
             function = (
                 f"add `lightning_replay.{self.loss.pure_function}` to your loss"

@@ -27,11 +27,6 @@ Configure = Callable[[nn.Module], nn.Module]
 RATE = 0.02
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_every_time: None) -> None:
-    torch.set_num_threads(1)
-
-
 def replay_of(loss: Any = "kl", **options: Any) -> SelfGeneratedReplay:
     defaults: dict[str, Any] = {"coefficient": 2.0, "refill_rows": 8, "seed": 3, "sampling": Sampling(length=12)}
     return SelfGeneratedReplay(loss, **defaults | options)

@@ -25,11 +25,6 @@ Make = Callable[..., LlamaForCausalLM]
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_every_time: None) -> None:
-    torch.set_num_threads(1)
-
-
 def start(*arguments: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tests.helpers.fault_run", *map(str, arguments)]
     # What is freed goes back to the system at once, so that a limit on memory means the same each time.

@@ -1,14 +1,7 @@
-"""Runs that are killed and go on: real processes, real signals."""
+"""Runs that go on from a checkpoint of their middle, every kind of run once; test_killed.py kills some."""
 
 import hashlib
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,138 +14,61 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
+from lightning_replay import EMA, Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.models.language_model import find_language_model
+from tests.helpers.compared import assert_all_is_logged, assert_equal_to_the_last_bit, job, logged
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
-from tests.helpers.resume_run import STEPS, last_checkpoint
+from tests.helpers.resume_run import STEPS, last_checkpoint, run
 
 Make = Callable[..., LlamaForCausalLM]
-ROOT = Path(__file__).parents[2]
 
 
-def job(kill: tuple[str, int], lora: bool = False, workers: int = 0, **replay: Any) -> dict[str, Any]:
-    return {"kill": kill, "lora": lora, "workers": workers, "replay": replay}
-
-
-# Checkpoints are saved after steps 3, 6 and 9 and at the ends of epochs, after steps 4 and 8. A step that begins at 7
-# is thus resumed in mid-epoch, one that begins at 8 or 4 from an epoch's end. A refill comes every second step.
-JOBS = {
-    "kl, copy": job(("batch start", 7)),
-    "kl, copy, live": job(("optimizer step", 8), source="live"),
-    "kl, copy, background": job(("sampling", 5), background=True),
-    "kl, copy, background, workers": job(("batch end", 8), background=True, workers=2),
-    "kl, copy, beside": job(("batch end", 8), reference=["Copy", {"save": "beside"}]),
-    "kl, copy, bfloat16": job(("optimizer step", 7), reference=["Copy", {"dtype": "bfloat16"}]),
-    "kl, copy, workers": job(("optimizer step", 7), workers=2),
-    "kl, copy, joint": job(("sampling", 4)),
-    "kl, adapter": job(("sampling", 5), lora=True),
-    "kl, adapter, live": job(("batch start", 4), lora=True, source="live"),
-    "kl, cached": job(("optimizer step", 7), reference=["Cached", {"top_k": 4}]),
-    "kl, cached, adapter": job(("batch start", 8), lora=True, reference=["Cached", {"top_k": 4}]),
-    "kl, ema": job(("batch end", 5), reference=["EMA", {"decay": 0.5}]),
-    "kl, ema, live": job(("sampling", 5), reference=["EMA", {"decay": 0.5}], source="live"),
-    "ntp, copy": job(("batch start", 7), loss="ntp", uses_per_sample=2),
-    "ntp, adapter": job(("optimizer step", 7), loss="ntp", lora=True),
-    "ntp, cached": job(("batch end", 7), loss="ntp", reference="cached"),
-    "ntp, ema": job(("batch start", 8), loss="ntp", reference=["EMA", {"decay": 0.5}]),
-    "ntp, live, workers": job(("sampling", 5), loss="ntp", source="live", workers=2),
-    "mixed, copy, workers": job(("batch start", 7), loss="mixed", workers=2),
-    "mixed, adapter": job(("optimizer step", 5), loss="mixed", lora=True),
-    "mixed, ema": job(("batch end", 8), loss="mixed", reference=["EMA", {"decay": 0.5}]),
-    "mixed, live": job(("sampling", 5), loss="mixed", source="live"),
-    "lwf, copy": job(("batch start", 7), loss="lwf"),
-    "lwf, adapter": job(("batch end", 5), loss="lwf", lora=True),
-    "lwf, ema": job(("optimizer step", 8), loss="lwf", reference=["EMA", {"decay": 0.5}]),
-    "accumulation": job(("batch start", 4)) | {"accumulate": 2, "steps": 8},
-    "accumulation, ema": job(("batch end", 5), reference=["EMA", {"decay": 0.5}]) | {"accumulate": 2, "steps": 8},
-    "replace": job(("batch start", 7)) | {"data": {"mode": "replace", "replay_fraction": 0.25}},
+# The step after which the checkpoint was saved: step 6 is in mid-epoch, steps 4 and 8 are an epoch's end.
+RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
+    "kl, copy, live": (8, job(source="live")),
+    "kl, copy, background": (4, job(background=True)),
+    "kl, copy, background, workers": (6, job(background=True, workers=2)),
+    "kl, copy, bfloat16": (6, job(reference=["Copy", {"dtype": "bfloat16"}])),
+    "kl, copy, workers": (6, job(workers=2)),
+    "kl, copy, callback alone": (4, job(alone=True)),
+    "kl, adapter, live": (4, job(lora=True, source="live")),
+    "kl, cached, adapter": (8, job(lora=True, reference=["Cached", {"top_k": 4}])),
+    "kl, ema": (4, job(reference=["EMA", {"decay": 0.5}])),
+    "kl, ema, live": (6, job(reference=["EMA", {"decay": 0.5}], source="live")),
+    "ntp, copy": (6, job(loss="ntp", uses_per_sample=2)),
+    "ntp, adapter": (6, job(loss="ntp", lora=True)),
+    "ntp, cached": (6, job(loss="ntp", reference="cached")),
+    "ntp, ema": (8, job(loss="ntp", reference=["EMA", {"decay": 0.5}])),
+    "ntp, live, workers": (4, job(loss="ntp", source="live", workers=2)),
+    "mixed, copy, workers": (6, job(loss="mixed", workers=2)),
+    "mixed, adapter": (4, job(loss="mixed", lora=True)),
+    "mixed, ema": (6, job(loss="mixed", reference=["EMA", {"decay": 0.5}])),
+    "mixed, live": (4, job(loss="mixed", source="live")),
+    "lwf, copy": (6, job(loss="lwf")),
+    "lwf, adapter": (4, job(loss="lwf", lora=True)),
+    "lwf, ema": (8, job(loss="lwf", reference=["EMA", {"decay": 0.5}])),
+    "accumulation": (4, job(accumulate=2, steps=8)),
+    "replace": (6, job(data={"mode": "replace", "replay_fraction": 0.25})),
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_every_time: None) -> None:
-    torch.set_num_threads(1)
-
-
-def start(jobs: list[dict[str, Any]], folder: Path) -> "subprocess.Popen[bytes]":
-    """Start jobs in a Python of their own."""
-    listed = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
-    listed.write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, "-m", "tests.helpers.resume_run", str(listed)], cwd=ROOT, env=environment)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every job three times: uninterrupted; killed; and resumed from what the killed one left."""
-    folder = tmp_path_factory.mktemp("runs")
-    jobs = []
-    for name, options in JOBS.items():
-        jobs.append(options | {"folder": str(folder / name / "straight"), "kill": None})
-        jobs.append(options | {"folder": str(folder / name / "killed")})
-        jobs.append(options | {"folder": str(folder / name / "killed"), "kill": None, "resume": True})
-    assert start(jobs, folder).wait() == 0
-    return folder
-
-
-def logged(folder: Path) -> list[tuple[int, str, float]]:
-    lines = [json.loads(line) for line in (folder / "logged.jsonl").read_text().splitlines()]
-    return [(step, key, value) for step, key, value in lines if "seconds" not in key]
-
-
-def assert_equal_to_the_last_bit(one: Path, other: Path) -> None:
-    straight, resumed = (torch.load(folder / "result.pt", weights_only=True) for folder in (one, other))
-    assert straight["weights"].keys() == resumed["weights"].keys()
-    for name, weight in straight["weights"].items():
-        assert torch.equal(weight, resumed["weights"][name]), name
-    assert (straight["buffer"] is None) == (resumed["buffer"] is None)
-    for name, part in (straight["buffer"] or {}).items():
-        same = (
-            torch.equal(part, resumed["buffer"][name]) if isinstance(part, Tensor) else part == resumed["buffer"][name]
-        )
-        assert same, name
-    expected = {(step, key): value for step, key, value in logged(one)}
-    seen = {(step, key) for step, key, _ in logged(other)}
-    assert seen == expected.keys()
-    wrong = [(step, key, value) for step, key, value in logged(other) if value != expected[step, key]]
-    assert not wrong
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
-def test_a_killed_run_ends_as_the_uninterrupted_one_to_the_last_bit(runs: Path, name: str) -> None:
-    ends = [(runs / name / kind / "ends.jsonl").read_text().split() for kind in ("straight", "killed")]
-    assert ends == [["0"], [str(-signal.SIGKILL), "0"]]
-    assert_equal_to_the_last_bit(runs / name / "straight", runs / name / "killed")
-    keys = {key for _, key, _ in logged(runs / name / "killed")}
-    assert {"forgetting/prior", "prior_kl/prior", "train/loss"} <= keys
-    assert ("rows drawn" in keys) == (JOBS[name]["replay"].get("loss") != "lwf")
-
-
-@pytest.mark.slow
-def test_each_of_those_runs_takes_steps_of_its_own(runs: Path) -> None:
-    for name in JOBS:
-        losses = {value for _, key, value in logged(runs / name / "straight") if key == "train/loss"}
-        assert len(losses) == JOBS[name].get("steps", STEPS), name
-
-
-@pytest.mark.slow
-def test_a_run_killed_from_outside_at_any_moment_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    options = job(("never", 0), reference=["Copy", {"save": "beside"}], background=True)
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start([options | {"folder": str(straight)}], tmp_path).wait() == 0
-    process = start([options | {"folder": str(killed), "slow": 0.1}], tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("*.ckpt")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / "result.pt").exists()
-    assert start([options | {"folder": str(killed), "resume": True}], tmp_path).wait() == 0
-    assert_equal_to_the_last_bit(straight, killed)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    step, options = RESUMED[name]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(options | {"folder": str(straight)})
+    resumed.mkdir()
+    for saved in straight.glob("*.ckpt"):
+        if int(saved.stem.split("=")[1]) <= step:
+            shutil.copy(saved, resumed)
+    assert last_checkpoint(resumed).stem.endswith(f"={step}")
+    run(options | {"folder": str(resumed), "resume": True})
+    assert_equal_to_the_last_bit(straight, resumed)
+    rest = logged(resumed)
+    assert rest == logged(straight)[-len(rest) :]
+    assert sum(key == "train/loss" for _, key, _ in rest) == options.get("steps", STEPS) - step
+    assert_all_is_logged(straight, options)
 
 
 class SavesAt(L.Callback):
@@ -182,7 +98,7 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def replay_of(where: Any = "inside", **options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(refill_rows=8, seed=3, **options, reference=Copy(save=where))
+    return SelfGeneratedReplay(**{"refill_rows": 8, "seed": 3, "reference": Copy(save=where)} | options)
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])
@@ -265,7 +181,7 @@ def test_a_damaged_reference_is_written_again_with_the_next_checkpoint(tiny_llam
 def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path) -> None:
     """The monitor's is the model at fit start, whatever the replay callback's has become since."""
     monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, save_reference="beside")
-    trainer, _ = fit(tiny_llama(), replay_of(reference="ema", ema_decay=0.0), None, monitor)
+    trainer, _ = fit(tiny_llama(), replay_of(reference=EMA(decay=0.0)), None, monitor)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
     average, named = saved["lightning_replay_reference"], saved["lightning_replay_reference/prior"]
@@ -273,7 +189,7 @@ def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path)
     assert (tmp_path / named["file"]).exists()
     again = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2)
     resumed, module = fit(
-        tiny_llama(seed=9), replay_of(reference="ema", ema_decay=0.0), tmp_path / "half.ckpt", again, max_steps=6
+        tiny_llama(seed=9), replay_of(reference=EMA(decay=0.0)), tmp_path / "half.ckpt", again, max_steps=6
     )
     with again._own_reference.get(resumed, find_language_model(module, None)).active() as reference:
         assert torch.equal(weights(reference.module), weights(tiny_llama()))
@@ -282,7 +198,7 @@ def test_each_callback_keeps_its_own_reference(tiny_llama: Make, tmp_path: Path)
 def test_an_average_that_was_saved_before_its_step_takes_it_after_the_resume(tiny_llama: Make, tmp_path: Path) -> None:
     def run(checkpoint: Path | None) -> Tensor:
         module = UserModule(tiny_llama())
-        callbacks = [SavesAt(8, tmp_path / "half.ckpt"), replay_of(reference=["EMA", {"decay": 0.5}])]
+        callbacks = [SavesAt(8, tmp_path / "half.ckpt"), replay_of(reference=EMA(decay=0.5))]
         trainer = quiet_trainer(callbacks=callbacks, max_steps=12)
         trainer.fit(module, datamodule=ReplayDataModule(mapping_loader(), 0.2), ckpt_path=checkpoint)
         return weights(module)
@@ -317,10 +233,10 @@ def test_callbacks_find_the_values_that_were_measured_before_the_resume(tiny_lla
 def test_a_checkpoint_of_weights_alone_is_refused_with_what_it_lacks(
     tiny_llama: Make, tmp_path: Path, loss: Any
 ) -> None:
-    trainer, _ = fit(tiny_llama(), SelfGeneratedReplay(loss, refill_rows=8))
+    trainer, _ = fit(tiny_llama(), SelfGeneratedReplay(loss))
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     with pytest.raises(MisconfigurationException, match=r"`save_weights_only=True`.* are missing. Resume from a full"):
-        fit(tiny_llama(), SelfGeneratedReplay(loss, refill_rows=8), tmp_path / "weights.ckpt", max_steps=8)
+        fit(tiny_llama(), SelfGeneratedReplay(loss), tmp_path / "weights.ckpt", max_steps=8)
 
 
 def test_checkpoints_hold_only_what_loads_without_unpickling(tiny_llama: Make, tmp_path: Path) -> None:
@@ -357,30 +273,6 @@ def test_a_buffer_left_out_is_sampled_again_and_the_run_says_that_it_is_not_exac
 
 def quick(model: Any, prompts: Any, length: int, generator: torch.Generator) -> Tensor:
     return torch.randint(3, 32, (len(prompts), length), generator=generator)
-
-
-def test_states_of_earlier_versions_are_read(tiny_llama: Make, tmp_path: Path) -> None:
-    """A checkpoint without the keys that came later goes on, to the last bit where they carry no state."""
-    monitor, saves = ForgettingMonitor({"prior": mapping_loader(8)}), SavesAt(4, tmp_path / "half.ckpt")
-    straight, one = fit(tiny_llama(), replay_of(), None, monitor, saves, max_steps=8)
-    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)
-    for key in ("prior", "prior_rows", "buffer_left_out"):
-        del saved["ReplayDataModule"][key]
-    for key in ("followed_step", "loss_seconds", "batch_size"):
-        del saved["callbacks"]["SelfGeneratedReplay"][key]
-    (name,) = (key for key in saved["callbacks"] if key.startswith("ForgettingMonitor"))
-    for key in ("values", "seconds"):
-        del saved["callbacks"][name][key]
-    torch.save(saved, tmp_path / "old.ckpt")
-    resumed, other = fit(
-        tiny_llama(),
-        replay_of(),
-        tmp_path / "old.ckpt",
-        ForgettingMonitor({"prior": mapping_loader(8)}),
-        max_steps=8,
-    )
-    assert resumed.global_step == straight.global_step == 8
-    assert torch.equal(weights(one), weights(other))
 
 
 def test_the_last_checkpoint_is_the_one_of_the_latest_step(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class Witness(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         time.sleep(self.slow)
         self._at("batch start", trainer)
-        drawn = getattr(trainer.datamodule, "drawn", None)  # type: ignore[attr-defined]
+        self._write(trainer, getattr(trainer.datamodule, "drawn", None))  # type: ignore[attr-defined]
+
+    def _write(self, trainer: L.Trainer, drawn: Any) -> None:
         if drawn is not None:
             digest = int(hashlib.sha256(drawn.tokens.numpy().tobytes()).hexdigest()[:12], 16)
             batch = trainer.fit_loop.total_batch_idx
@@ -72,6 +75,9 @@ class Witness(L.Callback):
         self._at("optimizer step", trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
+            (replay,) = (one for one in trainer.callbacks if isinstance(one, SelfGeneratedReplay))  # type: ignore[attr-defined]
+            self._write(trainer, replay.drawn)
         self._at("batch end", trainer)
 
 
@@ -87,6 +93,17 @@ class KilledWhileSampling:
         if self.refills == self.refill:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.ones(len(samples.tokens), dtype=torch.bool)
+
+
+def kill_at_checkpoint(folder: Path, step: int) -> None:
+    """Kill this process when it has written a step's checkpoint, and not yet moved it to its place."""
+    tempfile.tempdir = str(folder)  # what is left lying about
+
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "shutil.move" and str(arguments[1]).endswith(f"={step}.ckpt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
 
 
 def tiny_model(lora: bool) -> torch.nn.Module:
@@ -111,17 +128,21 @@ def run(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "logged.jsonl"
-    options = {"refill_rows": 4, "seed": 5} | job["replay"]
+    options = {"seed": 5} | job["replay"]
     kill = job.get("kill")
+    if kill and kill[0] == "checkpoint":
+        kill_at_checkpoint(folder, kill[1])
     filters = [KilledWhileSampling(kill[1] if kill and kill[0] == "sampling" else None)]
     module = UserModule(tiny_model(job.get("lora", False)))
     if isinstance(options.get("reference"), list):
         kind, settings = options["reference"]
         options["reference"] = {"Copy": Copy, "Cached": Cached, "EMA": EMA}[kind](**settings)
-    replay = SelfGeneratedReplay(**options, sampling=Sampling(filters=filters))
+    if options.get("loss") != "lwf":  # which samples nothing
+        options = {"refill_rows": 4, "sampling": Sampling(filters=filters)} | options
+    replay = SelfGeneratedReplay(**options)
     monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=2, max_batches=1)
     loader: Any = StatefulDataLoader(Rows(32), batch_size=8, shuffle=True, num_workers=job.get("workers", 0))
-    data = ReplayDataModule(loader, **{"replay_fraction": 0.2} | job.get("data", {}))
+    data = None if job.get("alone") else ReplayDataModule(loader, **{"replay_fraction": 0.2} | job.get("data", {}))
     accumulate = job.get("accumulate", 1)
     trainer = quiet_trainer(
         callbacks=[
@@ -139,7 +160,8 @@ def run(job: dict[str, Any]) -> None:
     )
     torch.manual_seed(1)
     checkpoint = last_checkpoint(folder) if job.get("resume") else None
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
+    given = {"train_dataloaders": loader} if data is None else {"datamodule": data}
+    trainer.fit(module, **given, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
     result = {
         "weights": module.state_dict(),
         "buffer": None if replay.rows.buffer is None else replay.rows.buffer.state_dict(),
