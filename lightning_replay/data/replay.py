@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -20,7 +19,15 @@ from typing_extensions import override
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.buffers.shards import ReplayShards
-from lightning_replay.data.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, token_count
+from lightning_replay.data.batches import (
+    Batches,
+    PaddingSide,
+    crop_batch,
+    join_rows,
+    nested_row_count,
+    row_count,
+    token_count,
+)
 from lightning_replay.data.prior import Prior, check_prior, read_prior
 from lightning_replay.utilities.distributed import Processes
 from lightning_replay.utilities.validation import check_choice, check_package, is_number, is_whole
@@ -334,7 +341,7 @@ class ReplayDataModule(pl.LightningDataModule):
         except TypeError:
             if self.joins_batch and self.to_batch is None:
                 raise
-            return extract_batch_size(batch)
+            return nested_row_count(batch)
 
     def _join_processes(self, trainer: pl.Trainer) -> None:
         """Find out who trains along with us, and begin with what the first process holds."""
