@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -105,6 +106,7 @@ class RowGenerator:
         self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in self.filters})
         self._prompts = Prompts([], [])
         self._ends: list[int] = []
+        self._stop: list[int | list[int]] = []
 
     def fork(self) -> "RowGenerator":
         """One that goes on from here by itself, and leaves this one as it is."""
@@ -120,10 +122,11 @@ class RowGenerator:
                 model doesn't have the prompts' tokens.
         """
         self._prompts = find_prompts(self.prompts, model, tokenizer)
-        self._ends = stop_tokens(model, tokenizer)
-        if self.prompts == "chat":
-            self._ends = sorted({*self._ends, self._prompts.reply[0]})
-        if self.stop_at_eos and not self._ends:
+        self._ends, end = stop_tokens(model, tokenizer), self._prompts.answer_end
+        if len(end) == 1:
+            self._ends = sorted({*self._ends, *end})
+        self._stop = [*self._ends, *([end] if len(end) > 1 else [])]
+        if self.stop_at_eos and not self._stop:
             raise MisconfigurationException(
                 "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
                 f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
@@ -158,7 +161,7 @@ class RowGenerator:
                 f"Replay: {len(self._prompts.starts) - len(fitting)} of {len(self._prompts.starts)} prompts are left "
                 f"out: they leave nothing to sample in samples of {piece} tokens."
             )
-            self._prompts = Prompts(fitting, self._prompts.reply)
+            self._prompts = replace(self._prompts, starts=fitting)
 
     def piece_length(self, length: int, model: LanguageModel) -> int:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
@@ -277,8 +280,9 @@ class RowGenerator:
                     starts,
                     piece,
                     generator,
-                    stop=self._ends if self.stop_at_eos else (),
+                    stop=self._stop if self.stop_at_eos else (),
                     reply=self._prompts.reply,
+                    turn_end=self._prompts.turn_end,
                     part=part,
                     batch_size=self.batch_size,
                     shrunk=self._shrink,
@@ -362,9 +366,9 @@ class RowGenerator:
                 f"Replay: {measures['degenerate']:.0%} of a refill's samples are empty or one repeated token. Is the "
                 "start token right, and has the model been trained? See `replay/samples` and `replay/quality`."
             )
-        if self._ends:
-            ended = torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn
-            measures["ended"] = float(ended.any(1).double().mean())
+        if self._stop:
+            ended = (torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn).any(1)
+            measures["ended"] = float((ended | (lengths < tokens.shape[1])).double().mean())
         if samples.log_probs is not None:
             measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
         return measures
