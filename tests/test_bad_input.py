@@ -427,8 +427,9 @@ def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("", {}, "too short for one row of 8 tokens"),
-        (" \n \n", {}, "too short for one row of 8 tokens"),
+        ("", {}, "stories.txt is empty. Pass a file"),
+        (" \n \n", {}, "stories.txt holds white space alone"),
+        ("w1 w2", {}, "too short for one row of 8 tokens"),
         ('{"text": null}\n{"text": "w1"}', {"suffix": ".jsonl"}, "The column 'text' holds NoneType among its texts"),
         ('{"text": 5}\n{"text": 6}', {"suffix": ".jsonl"}, "The column 'text' holds int among its texts"),
     ],

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib
 import json
 import lzma
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_bytes_that_a_reader_lets_pass_are_named_when_they_come_up(tmp_path: Pat
 
 def test_a_compression_without_its_package_names_it(tmp_path: Path) -> None:
     try:
-        import zstandard
+        zstandard: Any = importlib.import_module("zstandard")
     except ModuleNotFoundError:
         with pytest.raises(ModuleNotFoundError, match="a.jsonl.zst is compressed with zstd.*pip install zstandard"):
             read_documents(written(tmp_path, "a.jsonl.zst", b"\x28\xb5\x2f\xfd"), "train")
