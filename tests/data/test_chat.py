@@ -128,8 +128,8 @@ def test_tools_are_handed_to_the_template(as_text: bool, tmp_path: Path) -> None
     path = tmp_path / "chats.jsonl"
     other = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
     rows: list[dict[str, Any]] = [{"messages": CALLING, "tools": TOOLS}, {"messages": other, "tools": []}]
-    for row in rows:
-        row["tools"] = json.dumps(row["tools"]) if as_text else row["tools"]
+    for written_row in rows:
+        written_row["tools"] = json.dumps(written_row["tools"]) if as_text else written_row["tools"]
     path.write_text("\n".join(map(json.dumps, rows)))
     (batch,) = chats(path, CALLS + OPENING).train_dataloader()
     with_tools = "<s> <system> look time </s> " + CALLED

@@ -21,7 +21,8 @@ CALLS = (
     "<s>{% if tools %}<system> {% for t in tools %}{{ t.function.name }} {% endfor %}</s>{% endif %}"
     "{% for m in messages %}<{{ m.role }}> {% if m.content %}{{ m.content }} {% endif %}"
     "{% for c in m.tool_calls or [] %}<call> {{ c.function.name }} "
-    "{% for name, value in c.function.arguments.items() %}{{ name }} {{ value }} {% endfor %}{% endfor %}</s>{% endfor %}"
+    "{% for name, value in c.function.arguments.items() %}{{ name }} {{ value }} {% endfor %}{% endfor %}"
+    "</s>{% endfor %}"
 )
 
 
