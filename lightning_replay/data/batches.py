@@ -17,7 +17,9 @@ from lightning_replay.data.inputs import (
     inputs_and_targets,
     is_batch,
     labels_of,
+    own_positions,
     parts_of,
+    positions_of,
     right_padded,
     rows_of,
     tokens_of,
@@ -215,7 +217,7 @@ def _join_mapping(
     batch: Mapping[str, Any], rows: ReplayRows, side: PaddingSide, pad_token_id: int, ignore_index: int
 ) -> Any:
     tokens = batch["input_ids"]
-    if inputs_and_targets({key: batch[key] for key in batch if key != "labels"}).has_own_positions:
+    if own_positions(positions_of(batch), batch.get("attention_mask")):
         raise ValueError(
             "Replay rows can't join packed rows, whose `position_ids` begin again within a row: with more rows, the "
             f"model may no longer keep documents apart. Give each document a row of its own.{_ADVICE}"

@@ -20,6 +20,7 @@ __all__ = [
     "labels_of",
     "own_positions",
     "parts_of",
+    "positions_of",
     "right_padded",
     "rows_of",
     "tokens_of",
@@ -111,7 +112,7 @@ def inputs_and_targets(batch: Any, vocabulary: int | None = None, ignore_index: 
         return ModelInputs(tokens, None, labels)
     targets = following(labels)
     return ModelInputs(
-        tokens, mask, targets if mask is None else targets.masked_fill(mask == 0, IGNORED), _positions(batch)
+        tokens, mask, targets if mask is None else targets.masked_fill(mask == 0, IGNORED), positions_of(batch)
     )
 
 
@@ -301,17 +302,7 @@ def own_positions(positions: Tensor | None, mask: Tensor | None) -> bool:
     return bool((positions != real.long().cumsum(1) - 1)[real].any())
 
 
-def _tokens_part(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return batch.get("input_ids")
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-
-
-def _mask(batch: Any) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
-
-
-def _positions(batch: Any) -> Tensor | None:
+def positions_of(batch: Any) -> Tensor | None:
     """The batch's `position_ids`, one for each token.
 
     Raises:
@@ -336,6 +327,16 @@ def _positions(batch: Any) -> Tensor | None:
             f"{described(positions)}. Leave them out if they are the model's default."
         )
     return positions
+
+
+def _tokens_part(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return batch.get("input_ids")
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+
+
+def _mask(batch: Any) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def _packed(problem: str) -> str:
