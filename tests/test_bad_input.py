@@ -265,8 +265,8 @@ BATCHES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_is_refused_by_all_who_read_it(name: str) -> None:
     batch, message = BATCHES[name]
-    for read in (rows_of, lambda batch: join_rows(batch, ROWS)):
-        refuses(TypeError, f"{message}.*`to_batch`", lambda: read(batch))  # noqa: B023
+    refuses(TypeError, f"{message}.*`collate_fn`", lambda: rows_of(batch))
+    refuses(TypeError, f"{message}.*`to_batch`", lambda: join_rows(batch, ROWS))
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -352,7 +352,7 @@ def with_configuration(model: nn.Module) -> nn.Module:
 
 
 def test_targets_that_the_model_does_not_have_are_refused() -> None:
-    pair = (TOKENS, torch.full_like(TOKENS, 40))
+    pair = (TOKENS, torch.cat([TOKENS[:, 1:], torch.full((8, 1), 40)], 1))
     module = PairModule(HandWritten())
     trainer = quiet_trainer(callbacks=[ForgettingMonitor({"known": [pair]})])
     unchanged(module, MisconfigurationException, "token id 40", lambda: trainer.fit(module, loader_of(pair)))
@@ -464,8 +464,9 @@ def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("", {}, "too short for one row of 8 tokens"),
-        (" \n \n", {}, "too short for one row of 8 tokens"),
+        ("", {}, "stories.txt is empty. Pass a file"),
+        (" \n \n", {}, "stories.txt holds white space alone"),
+        ("w1 w2", {}, "too short for one row of 8 tokens"),
         ('{"text": null}\n{"text": "w1"}', {"suffix": ".jsonl"}, "The column 'text' holds NoneType among its texts"),
         ('{"text": 5}\n{"text": 6}', {"suffix": ".jsonl"}, "The column 'text' holds int among its texts"),
     ],

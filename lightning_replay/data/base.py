@@ -1,4 +1,4 @@
-"""Documents from the Hugging Face hub or from local files, as rows of tokens for training and validation."""
+"""Documents as rows of tokens for training and validation."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -7,39 +7,39 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_replay.data.files import explained, read_documents
 from lightning_replay.utilities.validation import is_number, is_whole
 
 __all__ = ["DocumentDataModule"]
-
-_READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class DocumentDataModule(pl.LightningDataModule):
     """Reads documents, lets a subclass make rows of tokens of them, and holds a share of the rows out.
 
     Args:
-        data: A local ``.txt``, ``.json``, ``.jsonl`` or ``.parquet`` file, or the name of a dataset on the hub.
+        data: A local file, a local folder or the name of a dataset on the hub: see ``read_documents``.
         tokenizer: A tokenizer, a local folder with one, or a name on the hub.
         sequence_length: Tokens in a row.
         batch_size: Rows in a batch.
-        columns: The columns that are read.
-        document_separator: What stands between documents in a ``.txt`` file. By default the file is one document.
+        columns: The columns that have to be there.
+        document_separator: The text between documents in a ``.txt`` file. By default the file is one document.
         validation_fraction: Share of the rows that is held out, at least one row, unless it is 0.
         max_documents: How many documents to read at most; all of them by default.
         num_workers: Worker processes of each loader.
         split: Which split of a hub dataset to read.
         seed: Seed of the division into training and validation.
-        trust_remote_code: Whether a tokenizer's folder or hub repository may bring code of its own.
+        trust_remote_code: Whether to execute code of its own that a tokenizer's folder or hub repository has.
 
     Raises:
-        TypeError: If ``tokenizer`` is none.
-        ValueError: If an argument is out of its range; at ``setup``, if a column is missing or there are too few rows.
+        TypeError: If ``tokenizer`` is not a tokenizer.
+        ValueError: If an argument is out of its range; at ``setup``, if a file can't be read, a column is missing or
+            there are too few rows.
     """
 
     _columns_argument: str
@@ -100,7 +100,7 @@ class DocumentDataModule(pl.LightningDataModule):
         """The rows of tokens that the documents make, at least one.
 
         Raises:
-            ValueError: If they make none, or hold what can't be read.
+            ValueError: If they make none, or hold something that can't be read.
         """
 
     @abstractmethod
@@ -115,7 +115,8 @@ class DocumentDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._rows:
             return
-        rows = self.rows_of(self._read())
+        with explained(self.data):
+            rows = self.rows_of(self._read())
         held_out = round(len(rows) * self.validation_fraction)
         if self.validation_fraction:
             held_out = max(1, held_out)
@@ -137,19 +138,19 @@ class DocumentDataModule(pl.LightningDataModule):
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:
-        """What is held out, or everything where that is nothing."""
+        """The rows that are held out, or all rows if none is."""
         return self._loader("validation" if len(self._rows["validation"]) else "train", shuffle=False)
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        """As for a test."""
+        """The same as for a test."""
         return self.test_dataloader()
 
     def _loader(self, part: str, shuffle: bool) -> DataLoader[Any]:
         rows = self._rows[part].with_format("torch")
         return DataLoader(
             rows,
-            batch_size=self.batch_size,  # by its name: where it predicts, Lightning makes the loader again
+            batch_size=self.batch_size,  # by its name: to predict, Lightning makes the loader again
             shuffle=shuffle,
             num_workers=self.num_workers,
             collate_fn=self.collate,
@@ -157,20 +158,7 @@ class DocumentDataModule(pl.LightningDataModule):
 
     def _read(self) -> Dataset:
         """The documents, a row each."""
-        path = Path(self.data)
-        if path.suffix not in _READERS:
-            documents = load_dataset(self.data, split=self.split)
-        elif not path.is_file():
-            raise ValueError(
-                f"There is no file {path.absolute()}. `data` is a local file or the name of a hub dataset."
-            )
-        elif path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
-            parts = [text] if self.document_separator is None else text.split(self.document_separator)
-            stripped = (part.strip() for part in parts)
-            documents = Dataset.from_dict({"text": [part for part in stripped if part]})
-        else:
-            documents = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        documents = read_documents(self.data, self.split, self.document_separator)
         missing = [column for column in self.columns if column not in documents.column_names]
         if missing:
             raise ValueError(

@@ -1,22 +1,40 @@
-"""Joining replay rows to a batch of new rows: mappings, (tokens, targets) pairs and bare token tensors."""
+"""Batches of any kind: counting their rows, cropping them, and joining replay rows to them."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
-from lightning_replay.utilities.validation import are_ids, described
+from lightning_replay.data.inputs import (
+    ModelInputs,
+    check_parts,
+    find_ignore_index,
+    inputs_and_targets,
+    is_batch,
+    labels_of,
+    own_positions,
+    parts_of,
+    positions_of,
+    right_padded,
+    rows_of,
+    tokens_of,
+)
+from lightning_replay.data.targets import IGNORED
 
 __all__ = [
     "Batches",
+    "ModelInputs",
+    "PaddingSide",
     "crop_batch",
+    "find_ignore_index",
     "inputs_and_targets",
     "join_rows",
+    "nested_row_count",
     "right_padded",
     "row_count",
     "row_length",
@@ -29,33 +47,60 @@ PaddingSide = Literal["left", "right"]
 
 
 class Batches(Protocol):
-    """A dataloader, or whatever else gives batches when it is iterated over.
+    """A dataloader, or anything else that gives batches when it is iterated over.
 
-    Not `Iterable`, as which a config's every wrong setting would pass.
+    Not `Iterable`: with it, jsonargparse would accept any wrong setting in a config.
     """
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, from the first one on."""
 
 
-_ADVICE = "For another kind of batch, pass `to_batch` to `ReplayDataModule`."
+_ADVICE = " For another kind of batch, pass `to_batch` to `ReplayDataModule`."
+_LENGTH_ADVICE = " Set `sequence_length`, the tokens in a replay row."
+_COUNT_ADVICE = " Put the tokens into a tensor with one row for each row of the batch."
 
 
 def row_count(batch: Any) -> int:
-    """The number of rows in a batch: the first dimension of its tokens.
+    """The number of rows in a batch that ``join_rows`` can extend: the first dimension of its tokens.
 
     Raises:
-        TypeError: If the batch is not of a kind that is known.
+        TypeError: If the batch is of another kind.
 
     Example:
         >>> row_count({"input_ids": torch.zeros(3, 8, dtype=torch.int64)})
         3
     """
-    return _tokens(batch).shape[0]
+    return tokens_of(batch, _ADVICE).shape[0]
+
+
+def nested_row_count(batch: Any) -> int:
+    """The number of rows in a batch of any kind.
+
+    The rows of all batches that it holds, however deep, as the batches of a ``CombinedLoader`` do (in a mapping, a
+    sequence, a dataclass or another object); if there is none, the first dimension of the first tensor in it.
+
+    Raises:
+        TypeError: If there is no tensor in it.
+
+    Example:
+        >>> tokens = torch.zeros(3, 8, dtype=torch.int64)
+        >>> nested_row_count({"stories": {"input_ids": tokens}, "code": (tokens, tokens)})
+        6
+    """
+    held = _batches_in(batch)
+    if held:
+        return sum(row_count(each) for each in held)
+    tensor = next((each for each in _tensors_in(batch) if each.dim()), None)
+    if tensor is None:
+        raise TypeError(
+            f"The rows of a batch can't be counted: there is no tensor in a {type(batch).__name__}.{_COUNT_ADVICE}"
+        )
+    return tensor.shape[0]
 
 
 def rows_in(batch: Any) -> int:
-    """The number of rows in a batch of any kind; Lightning's guess if the kind is not known.
+    """The number of rows in a batch of any kind; see ``nested_row_count`` if the kind is not known.
 
     Example:
         >>> rows_in({"question": torch.zeros(3, 8, dtype=torch.int64)})
@@ -64,50 +109,57 @@ def rows_in(batch: Any) -> int:
     try:
         return row_count(batch)
     except TypeError:
-        return extract_batch_size(batch)
+        return nested_row_count(batch)
 
 
 def row_length(batch: Any) -> int:
     """The number of tokens that a replay row needs in order to be as long as the rows of a batch.
 
-    One more than the tokens of a ``(tokens, targets)`` pair, whose targets are a row shifted by one.
+    One more than the tokens of a ``(tokens, targets)`` pair, whose targets are a row shifted by one; the largest one
+    for a batch that holds several.
+
+    Raises:
+        TypeError: If there are no tokens in it.
 
     Example:
         >>> row_length((torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, 8, dtype=torch.int64)))
         9
     """
-    return _tokens(batch).shape[1] + (1 if isinstance(batch, (tuple, list)) else 0)
+    held = _batches_in(batch) or [batch]
+    return max(tokens_of(each, _LENGTH_ADVICE).shape[1] + isinstance(each, (tuple, list)) for each in held)
 
 
 def token_count(batch: Any) -> int:
-    """The number of tokens in a batch, padding included; 0 for a batch of a kind that is not known.
+    """The number of tokens in a batch and in all batches that it holds, padding included; 0 if there are none.
 
     Example:
         >>> token_count({"input_ids": torch.zeros(3, 8, dtype=torch.int64)})
         24
     """
-    try:
-        return _tokens(batch).numel()
-    except TypeError:
-        return 0
+    return sum(tokens_of(each).numel() for each in _batches_in(batch))
 
 
 def crop_batch(batch: Any, rows: int) -> Any:
-    """The first rows of a batch, in a batch of the same kind."""
-    total = row_count(batch)
+    """The first rows of a batch, in a batch of the same kind.
+
+    Raises:
+        TypeError: If it holds several batches, or no tensor.
+    """
+    held = _batches_in(batch)
+    if len(held) > 1:
+        raise TypeError(
+            f"A batch that holds {len(held)} batches can't be cropped to {rows} rows: it is not known of which. Use "
+            "`mode='append'`, which keeps all new rows."
+        )
+    total = nested_row_count(batch)
 
     def crop(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[:rows] if value.dim() and value.shape[0] == total else value
-        return value[:rows] if isinstance(value, (list, tuple)) and len(value) == total else value
+        if isinstance(value, (list, tuple)) and len(value) == total and not _tensors_in(value):
+            return value[:rows]
+        return _mapped(value, crop)
 
-    if isinstance(batch, Mapping):
-        cropped = copy.copy(batch)
-        for key, value in batch.items():
-            cropped[key] = crop(value)  # type: ignore[index]
-        return cropped
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(crop(value) for value in batch)
     return crop(batch)
 
 
@@ -117,26 +169,30 @@ def join_rows(
     *,
     padding_side: PaddingSide = "right",
     pad_token_id: int = 0,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
+    vocabulary: int | None = None,
 ) -> Any:
     """A batch of the new rows followed by the replay rows, padded to one length.
 
     - A mapping: ``input_ids`` with, where present, ``attention_mask`` (0 on padding), ``labels`` (the row's own
-      tokens, ``ignore_index`` on padding), ``position_ids`` and ``token_type_ids`` (0). What is not a tensor of the
-      batch's rows stays as it is.
+      tokens, ``ignore_index`` on padding), ``position_ids`` and ``token_type_ids`` (0). A value that is no tensor with
+      the batch's rows stays as it is.
     - A ``(tokens, targets)`` pair, targets shifted by one: tokens ``row[:-1]``, targets ``row[1:]``.
     - A bare tensor of tokens: only rows of its own length, since nothing could mark the padding.
 
     Args:
         batch: The new rows.
         rows: The replay rows, on the CPU.
-        padding_side: Where padding goes.
+        padding_side: The side that padding is added on.
         pad_token_id: The token to pad with.
-        ignore_index: The label of padding.
+        ignore_index: The label of padding; by default the one that the batch leaves positions out with (see
+            ``find_ignore_index``), else -100.
+        vocabulary: The number of the model's token ids, if it is known: see ``inputs_and_targets``.
 
     Raises:
         TypeError: If the batch is of another kind, or its parts don't belong together.
-        ValueError: If a part of the batch can't be extended.
+        ValueError: If a part of the batch can't be extended, its rows are packed, or its labels are not the tokens that
+            they stand for.
 
     Example:
         >>> rows = ReplayRows(torch.tensor([[7, 8, 9]]), torch.tensor([3]))
@@ -145,32 +201,41 @@ def join_rows(
         tensor([[   1,    2, -100],
                 [   7,    8,    9]])
     """
-    _check_parts(batch)
+    check_parts(batch, _ADVICE)
+    labels_of(batch, vocabulary, ignore_index, _ADVICE)
+    if ignore_index is None:
+        found = find_ignore_index(batch, vocabulary)
+        ignore_index = IGNORED if found is None else found
     if isinstance(batch, Mapping):
         return _join_mapping(batch, rows, padding_side, pad_token_id, ignore_index)
     if isinstance(batch, (tuple, list)):
-        inputs, targets = _tokens(batch), batch[1]
+        inputs, targets = batch
         ours = ReplayRows(rows.tokens[:, :-1], rows.lengths - 1)
         answers = rows.tokens[:, 1:].masked_fill(~rows.targets_mask, ignore_index)
-        return type(batch)(
-            (
+        return _rebuilt(
+            batch,
+            [
                 _stack(inputs, _aligned(ours.tokens, ours, padding_side, pad_token_id), padding_side, pad_token_id),
                 _stack(targets, _aligned(answers, ours, padding_side, ignore_index), padding_side, ignore_index),
-            )
+            ],
         )
-    tokens = _tokens(batch)
-    if tokens.shape[1] != rows.tokens.shape[1] or not bool(rows.mask.all()):
+    if batch.shape[1] != rows.tokens.shape[1] or not bool(rows.mask.all()):
         raise ValueError(
             f"A bare token tensor has nothing to mark padding with, so replay rows of {rows.tokens.shape[1]} tokens "
-            f"can't join rows of {tokens.shape[1]}. Set `sequence_length={tokens.shape[1]}`."
+            f"can't join rows of {batch.shape[1]}. Set `sequence_length={batch.shape[1]}`."
         )
-    return _stack(tokens, rows.tokens, padding_side, pad_token_id)
+    return _stack(batch, rows.tokens, padding_side, pad_token_id)
 
 
 def _join_mapping(
     batch: Mapping[str, Any], rows: ReplayRows, side: PaddingSide, pad_token_id: int, ignore_index: int
 ) -> Any:
-    tokens = _tokens(batch)
+    tokens = batch["input_ids"]
+    if own_positions(positions_of(batch), batch.get("attention_mask")):
+        raise ValueError(
+            "Replay rows can't join packed rows, whose `position_ids` begin again within a row: with more rows, the "
+            f"model may no longer keep documents apart. Give each document a row of its own.{_ADVICE}"
+        )
     padded = tokens.shape[1] != rows.tokens.shape[1] or not bool(rows.mask.all())
     marks_padding = "attention_mask" in batch or ("labels" in batch and side == "right")
     if padded and not marks_padding:
@@ -203,7 +268,7 @@ def _join_mapping(
 
 
 def _aligned(values: Tensor, rows: ReplayRows, side: PaddingSide, padding: int) -> Tensor:
-    """What belongs to each token of the rows, with the padding filled in and on its side."""
+    """The values of each token of the rows, with the padding filled in and on its side."""
     values = values.masked_fill(~rows.mask, padding)
     if side == "right":
         return values
@@ -222,114 +287,38 @@ def _stack(new: Tensor, ours: Tensor, side: PaddingSide, padding: int) -> Tensor
     return torch.cat([widen(new), widen(ours.to(new.device, new.dtype))])
 
 
-def _tokens(batch: Any) -> Tensor:
-    tokens = batch
-    if isinstance(batch, Mapping):
-        tokens = batch.get("input_ids")
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        tokens = batch[0]
-    if not are_ids(tokens) or tokens.is_meta or not tokens.shape[1]:
-        given = f"a mapping with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else described(batch)
-        if tokens is not batch and tokens is not None:
-            given += f", its tokens {described(tokens)}"
-        raise TypeError(
-            "A batch is a mapping with `input_ids`, a pair (tokens, targets) or a tensor of tokens, whole numbers of "
-            f"shape (rows, length), padded to one length; got {given}. {_ADVICE}"
-        )
-    return tokens
+def _batches_in(value: Any) -> list[Any]:
+    """A batch itself, or the mappings with ``input_ids`` and the pairs of tensors that it holds, however deep."""
+    if is_batch(value):
+        return [value]
+    return [each for part in parts_of(value) if not isinstance(part, Tensor) for each in _batches_in(part)]
 
 
-def _check_parts(batch: Any) -> None:
-    """Refuse a batch whose parts have not one value for each token, on the tokens' device."""
-    tokens = _tokens(batch)
-    parts: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        parts = {name: batch[name] for name in ("attention_mask", "labels") if batch.get(name) is not None}
-    elif isinstance(batch, (tuple, list)):
-        parts = {"targets": batch[1]}
-    for name, part in parts.items():
-        if not isinstance(part, Tensor) or part.shape != tokens.shape or part.device != tokens.device:
-            raise TypeError(
-                f"The batch's `{name}` have one value for each of its tokens, which are {described(tokens)}; got "
-                f"{described(part)}. {_ADVICE}"
-            )
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in parts_of(value) for tensor in _tensors_in(part)]
 
 
-def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What a language model is asked on a batch, and what it should answer.
-
-    Args:
-        batch: A mapping with ``input_ids`` (and ``labels`` and ``attention_mask`` where present), a
-            ``(tokens, targets)`` pair, or a tensor of tokens.
-
-    Returns:
-        Tokens, attention mask (None where the batch has none) and targets, each of shape ``(rows, length)``;
-        ``targets[:, t]`` is what follows ``tokens[:, t]``, -100 where nothing is asked, as after padding.
-
-    Raises:
-        TypeError: If the batch is of another kind, or its parts don't belong together.
-
-    Example:
-        >>> inputs_and_targets(torch.tensor([[1, 2, 3]]))
-        (tensor([[1, 2, 3]]), None, tensor([[   2,    3, -100]]))
-    """
-    _check_parts(batch)
-    tokens = _tokens(batch)
-    if isinstance(batch, (tuple, list)):
-        return tokens, None, batch[1]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None:
-        labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return tokens, mask, targets if mask is None else targets.masked_fill(mask == 0, -100)
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A mapping, sequence, dataclass or other object of the same kind, with a function applied to all that it holds."""
+    if isinstance(value, Mapping):
+        mapped = copy.copy(value)
+        for key, part in value.items():
+            mapped[key] = function(part)  # type: ignore[index]
+        return mapped
+    if isinstance(value, (tuple, list)):
+        return _rebuilt(value, [function(part) for part in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: function(getattr(value, name)) for name in fields})
+    if not parts_of(value):
+        return value
+    mapped = copy.copy(value)
+    vars(mapped).update({name: function(part) for name, part in vars(value).items()})
+    return mapped
 
 
-def right_padded(batch: Any) -> tuple[Tensor, Tensor]:
-    """Tokens and targets of a batch, padding moved to the right, where no causal model sees it: it needs no mask.
-
-    Args:
-        batch: As for ``inputs_and_targets``.
-
-    Raises:
-        TypeError: If the batch is of another kind, or its parts don't belong together.
-
-    Example:
-        >>> right_padded({"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])})
-        (tensor([[5, 6, 0]]), tensor([[   6, -100, -100]]))
-    """
-    tokens, mask, targets = inputs_and_targets(batch)
-    if mask is None:
-        return tokens, targets
-    order = (mask == 0).long().argsort(dim=1, stable=True)
-    return tokens.gather(1, order), targets.gather(1, order)
-
-
-def rows_of(batch: Any) -> ReplayRows:
-    """The rows of a batch as rows to replay: padding moved to the right, and as targets what the batch has as targets.
-
-    Args:
-        batch: A mapping with ``input_ids`` (and ``labels`` and ``attention_mask`` where present), a
-            ``(tokens, targets)`` pair, or a tensor of tokens.
-
-    Raises:
-        TypeError: If the batch is of another kind.
-
-    Example:
-        >>> batch = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
-        >>> rows_of(batch).tokens, rows_of(batch).lengths
-        (tensor([[5, 6, 0]]), tensor([2]))
-    """
-    tokens, mask, targets = inputs_and_targets(batch)
-    if isinstance(batch, (tuple, list)):
-        # A row's last token is among the targets alone, also where padding follows; one that is left out is not known.
-        answers = torch.where(targets >= 0, targets, F.pad(tokens[:, 1:], (0, 1)))
-        tokens = torch.cat([tokens[:, :1], answers], 1)
-    else:
-        targets = targets[:, :-1]
-    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    if isinstance(batch, (tuple, list)):
-        real[:, -1] = targets[:, -1] >= 0
-    is_target = F.pad(targets >= 0, (1, 0), value=True)
-    order = (~real).long().argsort(dim=1, stable=True)
-    return ReplayRows(tokens.gather(1, order), real.sum(1), (is_target & real).gather(1, order))
+def _rebuilt(sequence: Any, parts: list[Any]) -> Any:
+    """A list, tuple or named tuple of the same type with other parts."""
+    return sequence._make(parts) if hasattr(sequence, "_make") else type(sequence)(parts)

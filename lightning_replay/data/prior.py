@@ -1,4 +1,4 @@
-"""Prior data that users have: what is replayed of it, and what is measured on."""
+"""Real prior data: the rows that are replayed, and the loaders of sets to measure on."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -6,8 +6,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
@@ -21,11 +23,22 @@ Part = Literal["train_dataloader", "val_dataloader"]
 
 
 def check_prior(prior: Any) -> None:
-    """Refuse what isn't rows, and a loader that might never end."""
+    """Refuse prior data that is not rows or batches, or a loader that might never end.
+
+    Raises:
+        TypeError: If it is of another type, or several loaders.
+        ValueError: If it has no length.
+    """
     check_package(prior, "`prior`")
     if prior is None or isinstance(prior, (ReplayBuffer, Tensor, pl.LightningDataModule)):
         return
-    if not isinstance(prior, Iterable) or isinstance(prior, (str, Mapping)):
+    loaders = prior if isinstance(prior, (list, tuple)) else []
+    if isinstance(prior, (CombinedLoader, Mapping)) or any(isinstance(each, DataLoader) for each in loaders):
+        raise TypeError(
+            f"`prior` is one dataloader, and a {type(prior).__name__} holds several. Join the batches of all, as in "
+            "`prior=[*first_loader, *second_loader]`."
+        )
+    if not isinstance(prior, Iterable) or isinstance(prior, str):
         raise TypeError(
             "`prior` is a ReplayBuffer, a tensor of token rows, a datamodule or a dataloader of batches; got "
             f"{type(prior).__name__}."
@@ -38,12 +51,12 @@ def check_prior(prior: Any) -> None:
 
 
 def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | None) -> Batches:
-    """A loader of a datamodule that is not the Trainer's own, made ready as the Trainer makes its own ready.
+    """A loader of a datamodule other than the Trainer's, prepared and set up as the Trainer does with its own.
 
     Args:
         data: The datamodule.
         part: The name of the loader.
-        trainer: Whose processes all call this; None for a single one.
+        trainer: The Trainer, if there is one; then each of its processes has to call this.
 
     Raises:
         MisconfigurationException: If the datamodule has no such loader.
@@ -62,15 +75,17 @@ def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | No
     return loader
 
 
-def read_prior(prior: Prior, trainer: pl.Trainer | None) -> ReplayBuffer:
+def read_prior(prior: Prior, trainer: pl.Trainer | None, vocabulary: int | None = None) -> ReplayBuffer:
     """Real prior rows in a buffer of their own.
 
     Args:
-        prior: Where they are; of a datamodule, its ``train_dataloader``.
-        trainer: Whose processes all call this; None for a single one.
+        prior: The rows; of a datamodule, the batches of its ``train_dataloader``.
+        trainer: The Trainer, if there is one; then each of its processes has to call this.
+        vocabulary: The number of the model's token ids, if it is known; labels from there on are left out.
 
     Raises:
-        ValueError: If there are none.
+        TypeError: If a batch is not of a kind that can be replayed, or its rows are packed.
+        ValueError: If there are no rows, or a batch's labels are not the tokens that they stand for.
     """
     if isinstance(prior, pl.LightningDataModule):
         prior = loader_of(prior, "train_dataloader", trainer)
@@ -78,7 +93,12 @@ def read_prior(prior: Prior, trainer: pl.Trainer | None) -> ReplayBuffer:
     if isinstance(prior, ReplayBuffer):
         return prior
     batches = [prior] if isinstance(prior, Tensor) else prior
-    parts = [rows_of(batch) for batch in batches]
+    parts = []
+    for number, batch in enumerate(batches):
+        try:
+            parts.append(rows_of(batch, vocabulary))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Batch {number} of `prior` can't be replayed. {error}") from error
     if not any(int(part.lengths.sum()) for part in parts):
         raise ValueError("`prior` holds no row to replay. Pass a loader or a tensor with at least one row of tokens.")
     rows = ReplayRows.cat(parts)

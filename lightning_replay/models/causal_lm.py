@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typing_extensions import override
 
 from lightning_replay.models.language_model import is_adapted
@@ -28,32 +30,36 @@ Schedule = Literal["cosine", "constant"]
 class CausalLM(pl.LightningModule):
     """Finetunes a causal language model with AdamW, a linear warm-up and a cosine or constant learning rate.
 
-    For those who have no module of their own yet; nothing in this package needs it. Batches are mappings of
-    what the model's ``forward`` takes, ``labels`` among them, as ``TextDataModule`` and
-    ``ChatDataModule`` give. Logs ``train/loss``, ``val/loss`` and ``test/loss``, in nats a
-    token, and predicts the loss of each row.
+    For users without a module of their own; nothing in this package needs it. Batches are mappings of what the model's
+    ``forward`` takes, ``labels`` among them, such as those of ``TextDataModule`` and ``ChatDataModule``. Logs
+    ``train/loss``, ``val/loss`` and ``test/loss``, in nats per token, and predicts the loss of each row.
 
     Args:
-        model: A name on the Hugging Face hub, a local folder, or a model that is already there.
+        model: A name on the Hugging Face hub, a local folder, or a model.
         learning_rate: Peak learning rate.
         betas: AdamW's decay rates of the running averages of the gradient and its square.
         weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
         warmup_steps: Optimizer steps in which the learning rate rises from zero.
         schedule: ``"cosine"`` falls to zero at the end of training, ``"constant"`` stays.
-        adapter: Puts a PEFT adapter on the model and trains that alone: its settings as PEFT's configurations have
-            them, with ``peft_type``, as in ``{"peft_type": "LORA", "r": 8}``. It needs the extra ``peft``. A model that
-            is already there may be a PEFT model of yours instead.
-        save_to: A folder in which the model is saved at the end of the fit, in the way ``from_pretrained`` reads, with
-            an adapter merged into it and with the datamodule's ``tokenizer``: the next task of a sequence begins there.
-        trust_remote_code: Whether a model's folder or hub repository may bring code of its own, which is then executed.
-            Without, such a model is refused.
+        adapter: The settings of a PEFT adapter, which is put on the model and trained alone: those of PEFT's
+            configurations, with ``peft_type``, as in ``{"peft_type": "LORA", "r": 8}``. Needs the extra ``peft``. A
+            PEFT model can also be passed as ``model``.
+        save_to: A folder that the model is saved in at the end of the fit, for ``from_pretrained`` to read, with an
+            adapter merged into it and with the datamodule's ``tokenizer``: the next task of a sequence begins there.
+            Tried at the start of the fit, without the weights.
+        model_options: More arguments of ``from_pretrained`` for a name or a folder, such as ``revision``,
+            ``gguf_file``, ``attn_implementation``, ``quantization_config`` or ``dtype``, which is ``"float32"`` by
+            default, whatever type the weights are saved in: the Trainer's ``precision`` is for lower ones.
+        trust_remote_code: Whether to execute code of its own that a model's folder or hub repository has. By default,
+            such a model is refused.
 
     Raises:
-        TypeError: If ``model`` is something else; in training, if a batch is not a mapping with ``labels``.
-        ValueError: If a number is out of its range, ``schedule`` is unknown, the model needs code of its own, or
-            ``adapter`` is nothing that PEFT knows.
+        TypeError: If ``model`` is of another type; in training, if a batch is not a mapping with ``labels``.
+        ValueError: If a number is out of its range, ``schedule`` is unknown, the model needs code of its own, PEFT does
+            not know ``adapter``, or ``model_options`` is given for a model that is loaded already.
         ModuleNotFoundError: If ``adapter`` is given and PEFT is not installed.
-        MisconfigurationException: If ``save_to`` is given and the strategy shards the weights.
+        MisconfigurationException: If ``save_to`` is given and the strategy shards the weights, the model can't be saved
+            (as if it is quantized), or the folder can't be written.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,6 +78,7 @@ class CausalLM(pl.LightningModule):
         schedule: Schedule = "cosine",
         adapter: dict[str, Any] | None = None,
         save_to: str | Path | None = None,
+        model_options: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -92,12 +99,15 @@ class CausalLM(pl.LightningModule):
         self.schedule: Schedule = schedule
         self.save_to = None if save_to is None else Path(save_to)
         given = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-        self.save_hyperparameters({"model": given})
+        options = {name: str(value) for name, value in (model_options or {}).items()}
+        self.save_hyperparameters({"model": given} | ({"model_options": options} if options else {}))
         self.save_hyperparameters("learning_rate", "betas", "weight_decay", "warmup_steps", "schedule", "adapter")
-        # In 32-bit floats, whatever the weights were saved in: lower precision is the Trainer's choice to make.
         if isinstance(model, (str, Path)):
-            model = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=trust_remote_code
+            model = _loaded(model, model_options or {}, trust_remote_code)
+        elif model_options:
+            raise ValueError(
+                f"`model_options` are for loading a name or a folder; got {model_options!r} for a {given} that is "
+                "loaded already. Pass them where you load it."
             )
         if adapter is not None:
             model = _adapted(model, adapter)
@@ -133,11 +143,15 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        if self.save_to is not None and is_sharded(self.trainer):
+        if self.save_to is None:
+            return
+        if is_sharded(self.trainer):
             raise MisconfigurationException(
                 "`save_to` saves a whole model, but the strategy keeps a part of the weights in each process. Leave it "
                 "out and export the model from a checkpoint."
             )
+        if self.trainer.is_global_zero:
+            _try_saving(self.model, self.save_to)
 
     @override
     def on_fit_end(self) -> None:
@@ -174,10 +188,62 @@ class CausalLM(pl.LightningModule):
 
     def _total_steps(self) -> int:
         # The Trainer's estimate builds the dataloaders to count them, which loses their state on resume
-        # (Lightning #20550), so it is asked only where the length of training isn't given.
+        # (Lightning #20550), so it is asked only if the length of training isn't given.
         if self.schedule == "constant":
             return 0
         return self.trainer.max_steps if self.trainer.max_steps > 0 else int(self.trainer.estimated_stepping_batches)
+
+
+def _loaded(model: str | Path, options: dict[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    if "trust_remote_code" in options:
+        raise ValueError(
+            f"`trust_remote_code` is an argument of its own; got it among `model_options`: {options!r}. Pass "
+            f"`trust_remote_code={options['trust_remote_code']!r}`."
+        )
+    default = {} if "torch_dtype" in options else {"dtype": torch.float32}
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=trust_remote_code, **default | options
+    )
+    return loaded
+
+
+def _try_saving(model: Any, folder: Path) -> None:
+    """Save a model without its weights in a folder, and remove it again: finds most reasons why it can't be saved.
+
+    Raises:
+        MisconfigurationException: If the folder can't be written or the model can't be saved.
+    """
+    if is_adapted(model) and not hasattr(model, "merge_and_unload"):
+        raise MisconfigurationException(
+            f"`save_to` saves a model with its adapter merged into it, but that of {type(model).__name__} can't be "
+            "merged. Leave `save_to` out and save the adapter yourself with `save_pretrained`."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise MisconfigurationException(
+            f"`save_to={str(folder)!r}` can't be written: {error}. Pass a folder that can."
+        ) from error
+    saved = model.get_base_model() if is_adapted(model) else model
+    if not isinstance(saved, PreTrainedModel):  # `save_pretrained` of another library may have no such argument
+        trial.cleanup()
+        return
+    settings, showed_progress = dict(vars(saved.config)), is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with trial:
+            saved.save_pretrained(trial.name, state_dict={})
+    except Exception as error:  # each way to quantize a model has errors of its own
+        raise MisconfigurationException(
+            f"`save_to` can't save this {type(saved).__name__}: {error} Leave `save_to` out and keep a checkpoint of "
+            "the fit, or load weights that are not quantized."
+        ) from error
+    finally:
+        vars(saved.config).clear()
+        vars(saved.config).update(settings)
+        if showed_progress:
+            enable_progress_bar()
 
 
 def _adapted(model: Any, settings: dict[str, Any]) -> Any:
@@ -193,7 +259,7 @@ def _adapted(model: Any, settings: dict[str, Any]) -> Any:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "`adapter` is the settings of a PEFT adapter, `peft_type` among them, as in {'peft_type': 'LORA', 'r': 8}; "
-            f"got {settings!r}, of which PEFT says {type(error).__name__}: {error}."
+            f"got {settings!r}, for which PEFT raised {type(error).__name__}: {error}."
         ) from error
 
 

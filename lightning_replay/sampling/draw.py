@@ -1,7 +1,7 @@
 """Sampling from a language model: by default from exactly its own distribution, and always the full length."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ def sample_rows(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: Sequence[int] = (),
+    stop: Sequence[int | Sequence[int]] = (),
     reply: Sequence[int] = (),
+    turn_end: int = 1,
     part: slice = slice(None),
     batch_size: int | None = None,
     shrunk: Callable[[int], Any] | None = None,
@@ -53,10 +54,13 @@ def sample_rows(
         top_k: Draw from the likeliest ``top_k`` tokens alone.
         top_p: Draw from the likeliest tokens that together reach this probability, after ``top_k``.
         min_p: Draw from tokens that reach this share of the likeliest one's probability, after ``top_p``.
-        stop: Tokens that end a sample. By default none does (as in arXiv 2605.26097).
-        reply: Tokens to go on with after the first turn, as a chat template puts them between a user's turn and the
-            reply. A sample's first turn ends where it draws ``reply[0]``; the rest of ``reply`` is then given to it,
-            and ``stop`` ends the second turn.
+        stop: Tokens, or sequences of tokens, that end a sample when it has drawn them. By default none does (as in
+            arXiv 2605.26097).
+        reply: The tokens that a chat template puts between a user's turn and the reply. A sample's first turn ends when
+            it has drawn the first ``turn_end`` of them in a row; the others are then given to it, and ``stop`` ends the
+            second turn.
+        turn_end: How many tokens of ``reply`` a sample has to draw: 1 if the first is a special token, which ordinary
+            text never contains; all of them if they are ordinary text.
         part: Which of the samples to draw, where several processes share the work; all of them by default.
         batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
         shrunk: Called with each smaller batch size.
@@ -74,17 +78,20 @@ def sample_rows(
     shortest, longest = min(map(len, starts)), max(map(len, starts))
     if not 1 <= shortest <= longest <= length:
         raise ValueError(f"Prompts have 1 to {length} tokens in samples of {length}; got {shortest} to {longest}.")
+    if reply and not is_whole(turn_end, 1, len(reply)):
+        raise ValueError(f"`turn_end` is 1 to {len(reply)}, the tokens of `reply`; got {turn_end!r}.")
     warp = truncation(temperature, top_k, top_p, min_p)
     # -1 stands where a token is to be drawn.
     given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
     uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
     given, uniforms = given[part], uniforms[part]
+    turn = _Turn([list(each) if isinstance(each, Sequence) else [each] for each in stop], list(reply), turn_end)
     batch_size, done, parts = min(batch_size or len(given), len(given)), 0, []
     while done < len(given):
         some = slice(done, done + batch_size)
         try:
             decoder = Decoder(model, length)
-            parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, stop, reply, progress))
+            parts.append(_decode(decoder, model.device, given[some], uniforms[some], warp, turn, progress))
             done += batch_size
             continue
         except (RuntimeError, MemoryError) as error:
@@ -157,17 +164,16 @@ def _decode(
     given: Tensor,
     uniforms: Tensor,
     warp: Any,
-    stop: Sequence[int],
-    reply: Sequence[int],
+    turn: "_Turn",
     progress: Callable[[int], Any] | None,
 ) -> Samples:
     """One batch of samples, token by token."""
     rows, length = given.shape
     first = length - uniforms.shape[1]
-    free = not stop and not reply and bool((given[:, first:] < 0).all())
+    free = not turn.stop and not turn.reply and bool((given[:, first:] < 0).all())
     given, uniforms = given.to(device), uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
     tokens = given.clamp(min=0)
-    turns = _Turns(tokens, stop, reply)
+    turns = _Turns(tokens, turn)
     turns.drawn[:, first:] = free
     totals, chances = [], []
     for position in range(first, length):
@@ -187,11 +193,11 @@ def _decode(
             break
     if totals and not torch.cat(totals, 1).isfinite().all():
         raise FloatingPointError("The model gave NaN or infinite logits while replay rows were sampled from it.")
-    log_probs = torch.zeros(rows, length, device=device)
+    log_probs = torch.zeros(rows, length, dtype=torch.float32, device=device)
     if chances:
         log_probs[:, first : first + len(chances)] = torch.cat(chances, 1).log()
     log_probs.masked_fill_(~turns.drawn, 0)
-    return Samples(tokens, turns.lengths, turns.drawn, log_probs, turns.replies if reply else None)
+    return Samples(tokens, turns.lengths, turns.drawn, log_probs, turns.replies if turn.reply else None)
 
 
 def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,26 +232,40 @@ def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
     return place.clamp(max=cumulative.shape[1] - 1)
 
 
+class _Turn(NamedTuple):
+    """How turns end: sequences that end a sample, and what follows the first turn."""
+
+    stop: list[list[int]]
+    reply: list[int]
+    turn_end: int
+
+
 class _Turns:
     """Which tokens the samples draw and which they are given, and where they end.
 
-    Everything is a tensor over the rows, so that no position waits for the device.
+    Everything is a tensor over the rows, so that no position waits for the device. ``tokens`` is filled from outside,
+    after each call of ``take``.
     """
 
-    def __init__(self, tokens: Tensor, stop: Sequence[int], reply: Sequence[int]) -> None:
+    def __init__(self, tokens: Tensor, turn: _Turn) -> None:
         (rows, length), device = tokens.shape, tokens.device
-        self.can_end = bool(stop)
+        self.can_end = bool(turn.stop)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.lengths = torch.full((rows,), length, device=device)
-        self.replies = torch.full((rows,), length, device=device)
+        self.lengths = torch.full((rows,), length, dtype=torch.int64, device=device)
+        self.replies = torch.full((rows,), length, dtype=torch.int64, device=device)
         self.drawn = torch.zeros_like(tokens, dtype=torch.bool)
-        self._stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
-        self._reply = torch.tensor(list(reply), dtype=torch.int64, device=device)
-        # How much of the reply's opening each row has been given; 0 in the first turn.
+        self._tokens = tokens
+        self._stop = torch.tensor([end[0] for end in turn.stop if len(end) == 1], dtype=torch.int64, device=device)
+        self._stop_sequences = [
+            torch.tensor(end, dtype=torch.int64, device=device) for end in turn.stop if len(end) > 1
+        ]
+        self._reply = torch.tensor(turn.reply, dtype=torch.int64, device=device)
+        self._turn_end = turn.turn_end
+        # How much of the reply's opening each row has; 0 in the first turn.
         self._opened = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def take(self, drawn: Tensor, given: Tensor, position: int) -> Tensor:
-        """What stands at a position: the drawn token, or the given one where there is one (-1 where not)."""
+        """The token at a position: the drawn token, or the given one if there is one (-1 if not)."""
         forced = self._forced(given)
         free = forced < 0
         token = torch.where(free, drawn, forced)
@@ -254,21 +274,33 @@ class _Turns:
         return token
 
     def _forced(self, given: Tensor) -> Tensor:
-        """The token that each row has to take at this position; -1 where it is free to draw one."""
+        """The token that each row has to take at this position; -1 if it is free to draw one."""
         if len(self._reply):
             opening = (self._opened > 0) & (self._opened < len(self._reply))
             given = torch.where(opening, self._reply[self._opened.clamp(max=len(self._reply) - 1)], given)
         return given.masked_fill(self.ended, 0)
 
     def _advance(self, token: Tensor, free: Tensor, position: int) -> None:
-        """Take note of what stands at a position."""
-        ends = torch.isin(token, self._stop) & free if self.can_end else torch.zeros_like(free)
+        """Record the token at a position."""
+        ends = torch.isin(token, self._stop) & free
+        for sequence in self._stop_sequences:
+            ends = ends | self._completes(sequence, token, position)
         if len(self._reply):
             first_turn = self._opened == 0
-            opens = first_turn & free & (token == self._reply[0])
-            advances = opens | (~first_turn & (self._opened < len(self._reply)))
-            self._opened += advances.long()
-            self.replies = self.replies.masked_fill(advances & (self._opened == len(self._reply)), position + 1)
+            opens = first_turn & self._completes(self._reply[: self._turn_end], token, position)
+            given = ~first_turn & (self._opened < len(self._reply))
+            self._opened = torch.where(opens, self._turn_end, self._opened + given.long())
+            opened = (opens | given) & (self._opened == len(self._reply))
+            self.replies = self.replies.masked_fill(opened, position + 1)
             ends = ends & ~opens
         self.lengths = self.lengths.masked_fill(ends, position + 1)
         self.ended = self.ended | ends
+
+    def _completes(self, sequence: Tensor, token: Tensor, position: int) -> Tensor:
+        """Whether each row has drawn a whole sequence, in its present turn, with the token at this position."""
+        start = position + 1 - len(sequence)
+        if start < 0:
+            return torch.zeros_like(self.ended)
+        turn = self.replies.masked_fill(self.replies == self._tokens.shape[1], 0)
+        whole = (token == sequence[-1]) & self.drawn[:, start : position + 1].all(1) & (turn <= start)
+        return whole & (self._tokens[:, start:position] == sequence[:-1]).all(1)

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,7 @@ class RowGenerator:
         self.dropped: Counter[str] = Counter({filter_name(filter_): 0 for filter_ in sampling.filters})
         self._prompts = Prompts([], [])
         self._ends: list[int] = []
+        self._stop: list[int | list[int]] = []
 
     def fork(self, refills: int | None = None, samples_drawn: int | None = None) -> "RowGenerator":
         """A generator that continues from here by itself and leaves this one as it is.
@@ -80,10 +82,11 @@ class RowGenerator:
                 model doesn't have the prompts' tokens.
         """
         self._prompts = find_prompts(self.sampling.prompts, model, tokenizer)
-        self._ends = stop_tokens(model, tokenizer)
-        if self.sampling.is_chat:
-            self._ends = sorted({*self._ends, self._prompts.reply[0]})
-        if self.sampling.stops_at_eos and not self._ends:
+        self._ends, end = stop_tokens(model, tokenizer), self._prompts.answer_end
+        if len(end) == 1:
+            self._ends = sorted({*self._ends, *end})
+        self._stop = [*self._ends, *([end] if len(end) > 1 else [])]
+        if self.sampling.stops_at_eos and not self._stop:
             raise MisconfigurationException(
                 "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
                 f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
@@ -118,7 +121,7 @@ class RowGenerator:
                 f"Replay: {len(self._prompts.starts) - len(fitting)} of {len(self._prompts.starts)} prompts are left "
                 f"out: they leave nothing to sample in samples of {piece} tokens."
             )
-            self._prompts = Prompts(fitting, self._prompts.reply)
+            self._prompts = replace(self._prompts, starts=fitting)
 
     def piece_length(self, length: int, model: LanguageModel) -> int:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
@@ -242,8 +245,9 @@ class RowGenerator:
                     top_k=sampling.top_k,
                     top_p=sampling.top_p,
                     min_p=sampling.min_p,
-                    stop=self._ends if sampling.stops_at_eos else (),
+                    stop=self._stop if sampling.stops_at_eos else (),
                     reply=self._prompts.reply,
+                    turn_end=self._prompts.turn_end,
                     part=part,
                     batch_size=self.batch_size,
                     shrunk=self._shrink,
@@ -327,9 +331,9 @@ class RowGenerator:
                 f"Replay: {measures['degenerate']:.0%} of a refill's samples are empty or one repeated token. Is the "
                 "start token right, and has the model been trained? See `replay/samples` and `replay/quality`."
             )
-        if self._ends:
-            ended = torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn
-            measures["ended"] = float(ended.any(1).double().mean())
+        if self._stop:
+            ended = (torch.isin(tokens, torch.tensor(self._ends)) & samples.drawn).any(1)
+            measures["ended"] = float((ended | (lengths < tokens.shape[1])).double().mean())
         if samples.log_probs is not None:
             measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
         return measures

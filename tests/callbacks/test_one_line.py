@@ -116,7 +116,7 @@ def test_any_data_will_do(tiny_llama: Make, kind: str) -> None:
             return output
 
     questions: Any = [{"question": Rows().tokens[:8]}] * 4
-    module, data, options = {
+    cases: dict[str, Callable[[], tuple[UserModule, Any, dict[str, Any]]]] = {
         "datamodule": lambda: (UserModule(tiny_llama()), UserData(), {}),
         "pairs": lambda: (PairModule(HandWritten()), pair_loader(), {"sampling": Sampling(prompts=[[1]])}),
         "tokens": lambda: (TokensModule(HandWritten()), tensor_loader(), {"sampling": Sampling(prompts=[[1]])}),
@@ -125,15 +125,16 @@ def test_any_data_will_do(tiny_llama: Make, kind: str) -> None:
             DataLoader(questions, batch_size=None),
             {"sampling": Sampling(prompts=[[1]]), "sequence_length": 12},
         ),
-    }[kind]()
-    replay: Any = SelfGeneratedReplay(refill_rows=8, **options)
+    }
+    module, data, options = cases[kind]()
+    replay = SelfGeneratedReplay(refill_rows=8, **options)
     watch = Watch(replay)
     quiet_trainer(callbacks=[replay, watch], max_steps=4).fit(module, data)
     assert [len(rows) for rows in watch.rows] == [2] * 4
     assert watch.figures[-1]["replay/loss"] > 0
     seen = module.batches[0]
-    whole = seen.get("input_ids", seen.get("question")) if isinstance(seen, dict) else seen
-    assert len(whole[0] if isinstance(whole, (list, tuple)) else whole) == 8
+    tokens = next(iter(seen.values())) if isinstance(seen, dict) else seen[0] if isinstance(seen, list) else seen
+    assert len(tokens) == 8
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": "ntp", "source": "live"}, {"reference": "cached"}])

@@ -135,8 +135,8 @@ def test_a_source_of_rows() -> None:
 
     class Tokens(UserModule):
         def loss(self, batch: Any) -> Tensor:
-            loss: Tensor = self.model.weight.sum() * 0
-            return loss
+            weight: Any = self.model.weight
+            return weight.sum() * 0  # type: ignore[no-any-return]
 
     module, data = Tokens(torch.nn.Linear(2, 2)), ReplayDataModule(mapping_loader(), 0.2)
     quiet_trainer(callbacks=[Own()], max_steps=3).fit(module, datamodule=data)

@@ -98,7 +98,8 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def replay_of(where: Any = "inside", **options: Any) -> SelfGeneratedReplay:
-    return SelfGeneratedReplay(**{"refill_rows": 8, "seed": 3, "reference": Copy(save=where)} | options)
+    defaults: dict[str, Any] = {"refill_rows": 8, "seed": 3, "reference": Copy(save=where)}
+    return SelfGeneratedReplay(**defaults | options)
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])

@@ -1,9 +1,22 @@
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from lightning_replay import ReplayRows
-from lightning_replay.data.batches import crop_batch, inputs_and_targets, join_rows, rows_of
+from lightning_replay.data.batches import (
+    crop_batch,
+    inputs_and_targets,
+    join_rows,
+    nested_row_count,
+    row_length,
+    rows_of,
+    token_count,
+)
 
 NEW = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 SHORT = ReplayRows(torch.tensor([[7, 8, 9], [5, 6, 0]]), torch.tensor([3, 2]))
@@ -42,7 +55,7 @@ def test_a_pair_gets_rows_shifted_by_one() -> None:
     tokens, targets = join_rows((NEW, NEW + 1), SHORT)
     assert tokens[2:].tolist() == [[7, 8, 0, 0], [5, 0, 0, 0]]
     assert targets[2:].tolist() == [[8, 9, -100, -100], [6, -100, -100, -100]]
-    assert isinstance(join_rows([NEW, NEW], SHORT), list)
+    assert isinstance(join_rows([NEW, NEW + 1], SHORT), list)
 
 
 def test_a_bare_tensor_takes_rows_of_its_own_length_alone() -> None:
@@ -87,7 +100,8 @@ def test_cropping_keeps_the_first_rows_of_everything() -> None:
 
 def test_targets_follow_their_tokens() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    tokens, attention_mask, targets = inputs_and_targets({"input_ids": NEW, "attention_mask": mask})
+    tokens, attention_mask, targets, positions = inputs_and_targets({"input_ids": NEW, "attention_mask": mask})
+    assert positions is None
     assert tokens is NEW
     assert attention_mask is mask
     assert targets.tolist() == [[2, 3, -100, -100], [6, 7, 8, -100]]
@@ -118,3 +132,56 @@ def test_labels_of_joined_rows_leave_out_what_is_no_target() -> None:
     assert join_rows(batch, rows)["labels"].tolist() == [[1, 2, 3], [-100, -100, 9]]
     pair = join_rows((torch.tensor([[1, 2]]), torch.tensor([[2, 3]])), rows)
     assert pair[1].tolist() == [[2, 3], [-100, 9]]
+
+
+class Pair(NamedTuple):
+    tokens: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    inputs: Any
+    names: list[str]
+    scale: float = 2.0
+
+
+def test_a_named_pair_stays_one() -> None:
+    joined = join_rows(Pair(NEW, NEW + 1), SHORT)
+    assert isinstance(joined, Pair)
+    assert joined.tokens[2:].tolist() == [[7, 8, 0, 0], [5, 0, 0, 0]]
+    cropped = crop_batch(joined, 1)
+    assert isinstance(cropped, Pair)
+    assert cropped.targets.tolist() == [[2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("inputs", [mapping(), (NEW, NEW + 1), Pair(NEW, NEW + 1), NEW, {"deep": [mapping()]}])
+def test_the_rows_of_a_dataclass_are_counted_and_cropped(inputs: Any) -> None:
+    batch = Held(inputs, ["a", "b"])
+    assert nested_row_count(batch) == nested_row_count({"inputs": inputs}) == 2
+    cropped = crop_batch(batch, 1)
+    assert (type(cropped), cropped.names, cropped.scale) == (Held, ["a"], 2.0)
+    assert nested_row_count(cropped) == 1
+    assert type(cropped.inputs) is type(inputs)
+    assert nested_row_count(batch) == 2
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size"])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_the_rows_of_a_combined_loader_are_those_of_all_its_batches(kind: type, mode: Any) -> None:
+    batches: dict[str, Any] = {"mappings": [mapping()], "pairs": [(NEW[:1, :3], NEW[:1, :3] + 1)] * 2}
+    loaders = {name: DataLoader(each, batch_size=None) for name, each in batches.items()}
+    combined = CombinedLoader(loaders if kind is dict else list(loaders.values()), mode)
+    counts = [(nested_row_count(batch), token_count(batch), row_length(batch)) for batch, _, _ in combined]
+    assert counts == [(3, 11, 4), (3, 11, 4) if mode == "max_size_cycle" else (1, 3, 4)]
+    first = next(iter(combined))[0]
+    with pytest.raises(TypeError, match="holds 2 batches can't be cropped.*`mode='append'`"):
+        crop_batch(first, 1)
+
+
+def test_advice_for_a_batch_without_tokens_is_what_can_help() -> None:
+    with pytest.raises(TypeError, match="Set `sequence_length`, the tokens in a replay row") as refused:
+        row_length({"text": ["a", "b"]})
+    assert "to_batch" not in str(refused.value)
+    with pytest.raises(TypeError, match="no tensor in a dict. Put the tokens into a tensor"):
+        nested_row_count({"text": ["a", "b"]})

@@ -7,7 +7,7 @@ import torch
 
 from lightning_replay import ChatDataModule, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.data.batches import rows_of
-from tests.helpers.chat import CONVERSATION, OPENING, SPECIAL, TURNS, WORDS, chat_tokenizer
+from tests.helpers.chat import CALLING, CALLS, CONVERSATION, OPENING, SPECIAL, TOOLS, TURNS, WORDS, chat_tokenizer
 from tests.helpers.modules import VOCABULARY, PlainDescent, quiet_trainer
 
 MARKED = (
@@ -84,7 +84,12 @@ def test_long_conversations_are_cut_and_those_with_nothing_left_to_say_are_left_
         (CONVERSATION[2:], {}, "the assistant speaks first"),
         (CONVERSATION[:2], {}, "has anything that the assistant says within 512 tokens"),
         ("hello", {}, "Conversation 0 is no list of messages"),
-        ([{"role": "user"}], {}, "Conversation 0 is no list of messages"),
+        (["hello"], {}, "Conversation 0 is no list of messages"),
+        ([{"role": "user"}], {}, "Conversation 0 can't be .*no `content` of text, nor `tool_calls`: .*'role': 'user'"),
+        ([{"content": "hello"}], {}, "Conversation 0 can't be .*no `role` of text"),
+        ([{"role": "user", "content": ["hello"]}], {}, "the `content` of a message is a list.*Join its parts"),
+        (CALLING, {}, "Conversation 0 can't be .*it leaves `tool_calls` out of the text"),
+        (CONVERSATION, {"tools_column": "functions"}, r"no column 'functions'; it has \['messages'\]. Set `tools_col"),
         (CONVERSATION, {"messages_column": "turns"}, r"no column \['turns'\]; it has \['messages'\]. Set `messages_c"),
     ],
 )
@@ -93,6 +98,60 @@ def test_conversations_that_cannot_be_labelled_exactly_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         chats(written(tmp_path, conversation), **options)
+
+
+# By hand: in capitals what the assistant says, calls included.
+CALLED = "<user> what is this </s> <assistant> <CALL> LOOK PLACE HERE </S> <tool> a dog </s> <assistant> A DOG </S>"
+# The one in newer versions of transformers, which leave the key out, the other in older ones.
+IF_NULL = CALLS.replace("or [] %}", "if m.content is not defined or m.content is none %}")
+AS_TEXT = CALLS.replace(
+    "{% for name, value in c.function.arguments.items() %}{{ name }} {{ value }} {% endfor %}",
+    "{{ (c.function.arguments + '').replace('\"', ' ').replace(':', '').replace('{', '').replace('}', '') }} ",
+)
+
+
+def with_text_arguments(messages: Any) -> Any:
+    text = json.dumps(messages).replace('{"place": "here"}', json.dumps(json.dumps({"place": "here"})))
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("spelled", [lambda messages: messages, with_text_arguments], ids=["mapping", "text"])
+@pytest.mark.parametrize("template", [CALLS, IF_NULL, AS_TEXT], ids=["calls", "calls if null", "text arguments"])
+def test_calls_are_labelled_as_what_the_assistant_says(template: str, spelled: Any, tmp_path: Path) -> None:
+    (batch,) = chats(written(tmp_path, spelled(CALLING)), template + OPENING).train_dataloader()
+    assert batch["input_ids"].tolist() == [ids("<s> " + CALLED)]
+    assert batch["labels"].tolist() == [labels("<s> " + CALLED)]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_handed_to_the_template(as_text: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    other = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
+    rows: list[dict[str, Any]] = [{"messages": CALLING, "tools": TOOLS}, {"messages": other, "tools": []}]
+    for written_row in rows:
+        written_row["tools"] = json.dumps(written_row["tools"]) if as_text else written_row["tools"]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (batch,) = chats(path, CALLS + OPENING).train_dataloader()
+    with_tools = "<s> <system> look time </s> " + CALLED
+    row = int(batch["attention_mask"].sum(1).argmax())
+    assert batch["input_ids"][row].tolist() == ids(with_tools)
+    assert batch["labels"][row].tolist() == labels(with_tools)
+    alone = "<s> <user> hello </s> <assistant> FINE </S>"
+    assert batch["labels"][1 - row][: len(alone.split())].tolist() == labels(alone)
+    assert batch["input_ids"][1 - row][: len(alone.split())].tolist() == ids(alone)
+    (without,) = chats(path, CALLS + OPENING, tools_column=None).train_dataloader()
+    assert without["input_ids"].shape[1] == len(ids("<s> " + CALLED))
+
+
+def test_a_template_that_leaves_tools_out_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CONVERSATION, "tools": TOOLS}))
+    with pytest.raises(ValueError, match="leaves the tools out of the text.*`tools_column=None`"):
+        chats(path)
+    assert len(chats(path, tools_column=None).train_dataloader()) == 1
+    path.write_text(json.dumps({"messages": CONVERSATION, "tools": "look"}))
+    with pytest.raises(ValueError, match="Conversation 0 .*its tools are no JSON text.*`tools_column`"):
+        chats(path)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:

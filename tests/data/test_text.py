@@ -55,6 +55,32 @@ def test_local_files_are_packed_without_losing_a_token(kind: str, tokenizer: Any
     assert sorted(rows_of(data).tolist()) == sorted(packed)
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_of_many_documents_one_tail_is_dropped(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    # `datasets` hands over 1,000 documents at a time.
+    count, length = 2_501, 7
+    path = tmp_path / f"many.{kind}"
+    document = "the cat sat"
+    text = {"txt": "<end>".join([document] * count), "jsonl": (json.dumps({"text": document}) + "\n") * count}
+    path.write_text(text[kind])
+    data = TextDataModule(path, tokenizer, length, 64, document_separator="<end>", validation_fraction=0)
+    data.setup("fit")
+    tokens = tokenizer.convert_tokens_to_ids(["<s>", *document.split(), "</s>"]) * count
+    expected = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+    assert sorted(rows_of(data).tolist()) == sorted(expected)
+    assert len(expected) == count * 5 // length
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "a column"])
+def test_a_byte_order_mark_is_no_token(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"marked.{'txt' if kind == 'txt' else 'jsonl'}"
+    line = json.dumps({"text": ("\ufeff" if kind == "a column" else "") + "the cat"}, ensure_ascii=False)
+    path.write_text("\ufeffthe cat" if kind == "txt" else line if kind == "a column" else f"\ufeff{line}", "utf-8")
+    data = TextDataModule(path, tokenizer, 4, validation_fraction=0)
+    data.setup("fit")
+    assert tokenizer.decode(rows_of(data)[0]).split() == ["<s>", "the", "cat", "</s>"]
+
+
 def test_batches_have_what_a_model_takes(tokenizer: Any, tmp_path: Path) -> None:
     data = TextDataModule(written(tmp_path, "txt"), tokenizer, 16, batch_size=3, num_workers=1)
     data.setup("fit")

@@ -7,12 +7,41 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<system>", "<assistant>"]
 
 
 WORDS = ["hello", "how", "are", "you", "fine", "thanks", "what", "is", "this", "a", "cat", "dog", "be", "kind"]
+WORDS += ["<tool>", "<call>", "look", "time", "place", "here"]
 
 
 TURNS = "<s>{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>{% endfor %}"
 
 
 OPENING = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+# Calls and tools, as in templates of models that call tools.
+CALLS = (
+    "<s>{% if tools %}<system> {% for t in tools %}{{ t.function.name }} {% endfor %}</s>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}> {% if m.content %}{{ m.content }} {% endif %}"
+    "{% for c in m.tool_calls or [] %}<call> {{ c.function.name }} "
+    "{% for name, value in c.function.arguments.items() %}{{ name }} {{ value }} {% endfor %}{% endfor %}"
+    "</s>{% endfor %}"
+)
+
+
+CALLING = [
+    {"role": "user", "content": "what is this"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"place": "here"}}}],
+    },
+    {"role": "tool", "content": "a dog"},
+    {"role": "assistant", "content": "a dog"},
+]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": {"properties": {"place": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "time", "parameters": {"properties": {}}}},
+]
 
 
 CONVERSATION = [

@@ -1,11 +1,15 @@
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import LlamaForCausalLM
+from transformers.quantizers import HfQuantizer
 
 from lightning_replay import CausalLM
 from tests.helpers.modules import mapping_loader, quiet_trainer
@@ -57,6 +61,98 @@ def test_only_matrices_are_decayed_and_frozen_weights_left_out(tiny_llama: Make)
     assert all(parameter.dim() >= 2 for parameter in decayed)
     assert all(parameter.dim() == 1 for parameter in others)
     assert len(decayed) + len(others) == sum(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_model_options_are_handed_to_from_pretrained(tiny_llama: Make, name: str, dtype: Any, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    options = {name: dtype, "attn_implementation": "eager", "max_position_embeddings": 48}
+    module = CausalLM(tmp_path, model_options=options)
+    assert {parameter.dtype for parameter in module.model.parameters()} == {torch.bfloat16}
+    assert module.model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+    assert module.model.config.max_position_embeddings == 48  # type: ignore[union-attr]
+    assert module.hparams["model_options"]["attn_implementation"] == "eager"
+    kept = CausalLM(tmp_path, model_options={"attn_implementation": "eager"})
+    assert {parameter.dtype for parameter in kept.model.parameters()} == {torch.float32}
+
+
+def test_model_options_without_effect_are_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`model_options` are for loading .* LlamaForCausalLM that is loaded already"):
+        CausalLM(tiny_llama(), model_options={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+        CausalLM(tmp_path, model_options={"trust_remote_code": True})
+
+
+def weights(module: CausalLM) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("method", ["gguf", "bitsandbytes_8bit"])
+def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(
+    tiny_llama: Make, method: str, tmp_path: Path
+) -> None:
+    class Refusing(HfQuantizer):  # type: ignore[misc]
+        """A quantizer whose weights can't be written."""
+
+        def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None: ...
+
+        def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None: ...
+
+        def is_serializable(self, *args: Any, **options: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    model: Any = tiny_llama()
+    model.hf_quantizer = Refusing(SimpleNamespace(quant_method=method))
+    module = CausalLM(model, save_to=tmp_path / "saved")
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=f"can't save this Llama.*quantized with {method}.*`save_to`"):
+        quiet_trainer(max_steps=1).fit(module, mapping_loader())
+    assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    assert not list((tmp_path / "saved").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tiny_llama: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("taken")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        module = CausalLM(tiny_llama(), save_to=folder)
+        before = weights(module)
+        with pytest.raises(MisconfigurationException, match="`save_to='.*file.*'` can't be written.*Pass a folder"):
+            quiet_trainer(max_steps=1).fit(module, mapping_loader())
+        assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_before_the_first_step(tiny_llama: Make, tmp_path: Path) -> None:
+    adapter = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
+    module = CausalLM(tiny_llama(), adapter=adapter, save_to=tmp_path)
+    with pytest.raises(MisconfigurationException, match="PeftModelForCausalLM can't be merged"):
+        quiet_trainer(max_steps=1).fit(module, mapping_loader())
+
+
+@pytest.mark.parametrize("adapter", [None, {"peft_type": "LORA", "r": 2}])
+def test_trying_to_save_leaves_the_model_and_the_folder_as_they_were(
+    tiny_llama: Make, adapter: Any, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    class Seen(CausalLM):
+        def on_train_start(self) -> None:
+            seen.append((list(tmp_path.iterdir()), base.config.to_dict()))
+
+    module = Seen(tiny_llama(), adapter=adapter, save_to=tmp_path)
+    model: Any = module.model
+    base = model.get_base_model() if adapter else model
+    configuration = base.config.to_dict()
+    quiet_trainer(max_steps=1).fit(module, mapping_loader())
+    assert seen == [([], configuration)]
+    saved = LlamaForCausalLM.from_pretrained(tmp_path)
+    merged = copy.deepcopy(model).merge_and_unload() if adapter else model
+    for ours, theirs in zip(merged.parameters(), saved.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_validation_loss_is_logged(tiny_llama: Make) -> None:
