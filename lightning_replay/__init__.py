@@ -33,8 +33,9 @@ from lightning_replay.metrics import (
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.reference import EMA, Adapter, Cached, Copy, Reference
+from lightning_replay.sampling.cluster import Ray
 from lightning_replay.sampling.draw import sample_rows
-from lightning_replay.sampling.generate import Ray, generate_rows
+from lightning_replay.sampling.generate import generate_rows
 from lightning_replay.sampling.sampling import Sampling
 
 __all__ = [

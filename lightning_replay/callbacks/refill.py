@@ -19,6 +19,7 @@ from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.data.batches import row_length, rows_in
 from lightning_replay.data.feed import RowFeed
+from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.sources import RowSource
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.cached import cache_reference
@@ -29,7 +30,7 @@ from lightning_replay.utilities.logging import log_samples, log_values, next_ste
 from lightning_replay.utilities.progress import refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
-__all__ = ["SampledRows", "Supply"]
+__all__ = ["Fit", "SampledRows", "Supply"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
@@ -40,30 +41,43 @@ _FAILURES = 3
 
 
 @dataclass(frozen=True)
-class Supply:
-    """What the rows of a fit are sampled from.
+class Fit:
+    """What a fit's rows depend on.
 
     Attributes:
         trainer: The Trainer.
         model: The model that trains.
         feed: Draws the rows.
-        source: The model to sample.
+        data: The datamodule, if it is one that mixes.
         tokenizer: Turns samples into text; None if there is none.
         seed: Seed of all samples and of the order in which they are drawn.
-        lasting: Whether the source is gone as soon as the model trains, so that the rows of one refill have to last.
-        resumed: What has trained the model since the source was taken, if anything has.
         previews: How many rows of each refill to log as text.
     """
 
     trainer: pl.Trainer
     model: LanguageModel
     feed: RowFeed
-    source: ReferenceModel
+    data: ReplayDataModule | None
     tokenizer: Any
     seed: int
-    lasting: bool
-    resumed: str | None
     previews: int
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What the rows of a fit are sampled from.
+
+    Attributes:
+        fit: The fit.
+        source: The model to sample.
+        lasting: Whether the source is gone as soon as the model trains, so that the rows of one refill have to last.
+        trained_by: What has trained the model since the source was taken, if anything has.
+    """
+
+    fit: Fit
+    source: ReferenceModel
+    lasting: bool
+    trained_by: str | None
 
 
 @dataclass(frozen=True)
@@ -119,17 +133,16 @@ class SampledRows(RowSource):
         self._ahead: Future[_Made] | None = None
         self._stop = Event()
 
-    def begin(self, supply: Supply, buffer: ReplayBuffer | None) -> None:
+    def begin(self, supply: Supply) -> None:
         """Sample for a fit.
 
         Args:
-            supply: What to sample.
-            buffer: The user's own buffer to fill, if any.
+            supply: What to sample. If the fit's datamodule has a buffer, that is filled.
 
         Raises:
             MisconfigurationException: If rows are to be made in the background and can't be.
         """
-        processes = supply.feed.processes
+        processes = supply.fit.feed.processes
         if self.background and processes.size > 1:
             raise MisconfigurationException(
                 f"`background=True` samples in a thread, and the {processes.size} processes of this run have to "
@@ -143,9 +156,9 @@ class SampledRows(RowSource):
             )
         self._failures = 0
         self._supply = supply
-        self._given = buffer
-        if buffer is not None:
-            self.buffer = buffer
+        self._given = None if supply.fit.data is None else supply.fit.data.buffer
+        if self._given is not None:
+            self.buffer = self._given
 
     def end(self) -> None:
         """Give up what is under way; no row of it has reached the buffer."""
@@ -187,6 +200,15 @@ class SampledRows(RowSource):
         } | {f"replay/dropped/{name}": float(number) for name, number in generator.dropped.items()}
 
     @property
+    def changed(self) -> dict[str, bool]:
+        """Which arguments of ``SelfGeneratedReplay`` that only sampling heeds are not at their defaults."""
+        return {
+            "refill_rows": self.rows != "auto",
+            "uses_per_sample": self.uses != 1,
+            "background": self.background,
+        }
+
+    @property
     def tokens_sampled(self) -> int:
         """Tokens in all rows sampled so far."""
         return 0 if self.buffer is None else self.generator.rows * self.buffer.length
@@ -208,15 +230,15 @@ class SampledRows(RowSource):
 
     def _refill(self, supply: Supply, batch: Any) -> None:
         """Put new rows in the place of the used ones."""
-        trainer = supply.trainer
+        trainer = supply.fit.trainer
         if self.buffer is None:
             self.buffer = self._new_buffer(supply, batch)
         buffer = self.buffer
         rows = buffer.capacity if supply.lasting else min(buffer.capacity, self._refill_rows(supply, batch))
-        if supply.lasting and supply.resumed is not None:
+        if supply.lasting and supply.trained_by is not None:
             raise MisconfigurationException(
                 "`reference='cached'` samples all rows before the first step, and the model that they come from is "
-                f"gone: {supply.resumed} has trained it. Resume from a full checkpoint, keep the callback of the "
+                f"gone: {supply.trained_by} has trained it. Resume from a full checkpoint, keep the callback of the "
                 "first fit, or use another reference."
             )
         first = not self.generator.rows
@@ -235,7 +257,7 @@ class SampledRows(RowSource):
             speed = made.rows.tokens.numel() / made.seconds
             rank_zero_info(
                 f"Replay: sampled {len(made.rows.tokens)} rows of {buffer.length} tokens in {made.seconds:.1f} s "
-                f"({speed:,.0f} tokens/s{self._how(supply.model)})."
+                f"({speed:,.0f} tokens/s{self._how(supply.fit.model)})."
             )
         self._log(supply, made)
 
@@ -250,9 +272,9 @@ class SampledRows(RowSource):
             made = ahead.result()
             made.generator.seconds = self.generator.seconds + time.perf_counter() - started
             return made
-        processes = supply.feed.processes
+        processes = supply.fit.feed.processes
         tokens = rows * buffer.length // (1 if processes.lockstep else processes.size)
-        with isolate_rng(), refill_bar(supply.trainer, tokens) as advance:
+        with isolate_rng(), refill_bar(supply.fit.trainer, tokens) as advance:
             made = self._make(supply, self.generator.fork(), rows, buffer, advance)
         made.generator.seconds += made.seconds
         return made
@@ -284,9 +306,9 @@ class SampledRows(RowSource):
         buffer: ReplayBuffer,
         advance: Callable[[int], Any],
     ) -> _Made:
-        started, processes = time.perf_counter(), supply.feed.processes
+        started, processes = time.perf_counter(), supply.fit.feed.processes
         with supply.source.active() as active:
-            made, quality = generator.generate(active, rows, buffer.length, supply.seed, advance, processes)
+            made, quality = generator.generate(active, rows, buffer.length, supply.fit.seed, advance, processes)
             if buffer.top_k:  # on each rank by itself: one forward a row costs less than sending its results
                 cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
                 made = processes.together(cache)
@@ -309,19 +331,19 @@ class SampledRows(RowSource):
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        length = self.length or max(length for (length,) in supply.feed.processes.numbers(row_length(batch)))
-        self.generator.check_length(length, supply.model)
-        top_k = min(self.top_k, supply.model.vocabulary)
+        length = self.length or max(length for (length,) in supply.fit.feed.processes.numbers(row_length(batch)))
+        self.generator.check_length(length, supply.fit.model)
+        top_k = min(self.top_k, supply.fit.model.vocabulary)
         rows = self._refill_rows(supply, batch)
         if supply.lasting and self.rows == "auto":
             rows = max(1, min(rows, _CACHED_BYTES // (length * (4 + 6 * top_k))))
-        return ReplayBuffer(rows, length, seed=order_seed(supply.seed), top_k=top_k)
+        return ReplayBuffer(rows, length, seed=order_seed(supply.fit.seed), top_k=top_k)
 
     def _refill_rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.trainer, supply.feed, batch)
+        used = _rows_of_the_run(supply.fit.trainer, supply.fit.feed, batch)
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
         needed = math.ceil(used / self.uses)
@@ -339,10 +361,10 @@ class SampledRows(RowSource):
         )
 
     def _log(self, supply: Supply, made: _Made) -> None:
-        trainer, tokenizer = supply.trainer, supply.tokenizer
+        trainer, tokenizer = supply.fit.trainer, supply.fit.tokenizer
         step = next_step(trainer)
         log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
-        rows = made.rows.take(torch.arange(min(supply.previews, len(made.rows.tokens))))
+        rows = made.rows.take(torch.arange(min(supply.fit.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
         log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
 

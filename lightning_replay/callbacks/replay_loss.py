@@ -16,6 +16,7 @@ from lightning_replay.losses import (
     next_token_loss,
     reverse_kl,
 )
+from lightning_replay.references.reference import Cached, Reference
 from lightning_replay.utilities.validation import check_choice, is_number
 
 __all__ = ["KL", "LossName", "LwF", "Mixed", "NextToken", "ReplayLoss", "replay_loss_of"]
@@ -53,6 +54,10 @@ class ReplayLoss(ABC):
 
     pure_function: ClassVar[str] = ""
     """The function of ``lightning_replay`` to call in a training step that optimizes by itself."""
+
+    def cached(self, reference: Reference) -> Cached | None:
+        """The reference if rows carry its log-probabilities for this loss, else None."""
+        return reference if self.takes_cached and isinstance(reference, Cached) else None
 
     @abstractmethod
     def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:

@@ -9,37 +9,34 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
-from lightning_replay.callbacks.refill import SampledRows, Supply
+from lightning_replay.callbacks.checks import (
+    DEFAULT_COEFFICIENT,
+    refuse_what_has_no_effect,
+)
+from lightning_replay.callbacks.refill import Fit, SampledRows
 from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
+from lightning_replay.callbacks.supply import RowSupply, Source
 from lightning_replay.callbacks.training_step import ReplayStep
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.share import REPLAY_FRACTION, ReplayShare
-from lightning_replay.data.sources import RowSource, ShardRows
-from lightning_replay.models.language_model import LanguageModel, check_tokens, find_language_model
-from lightning_replay.references.adapters import adapter_is_idle
-from lightning_replay.references.cached import cache_reference
+from lightning_replay.data.sources import RowSource
+from lightning_replay.models.language_model import LanguageModel, find_language_model, find_tokenizer
 from lightning_replay.references.keeper import ReferenceKeeper
-from lightning_replay.references.models import LiveModel, ReferenceModel
-from lightning_replay.references.reference import Cached, Reference, ReferenceName, reference_of
+from lightning_replay.references.reference import Reference, ReferenceName, reference_of
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import check_strategy
-from lightning_replay.utilities.logging import plain
+from lightning_replay.utilities.logging import log_hparams, plain
 from lightning_replay.utilities.validation import check_choice, check_package, is_whole
 
 __all__ = ["SelfGeneratedReplay"]
 
-Source = Literal["reference", "live"]
-
-_COEFFICIENT = 10.0
 _ROWS_KEY = "lightning_replay_rows"
 """Where a checkpoint holds the sampled rows."""
 
@@ -152,7 +149,7 @@ class SelfGeneratedReplay(Callback):
     def __init__(
         self,
         loss: LossName | ReplayLoss = "kl",
-        coefficient: float | Callable[[int], float] = _COEFFICIENT,
+        coefficient: float | Callable[[int], float] = DEFAULT_COEFFICIENT,
         reference: ReferenceName | Reference = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008
         source: Source = "reference",
@@ -188,25 +185,34 @@ class SelfGeneratedReplay(Callback):
         self.seed = seed
         self.reference = ReferenceKeeper(reference_of(reference))
         self.step = ReplayStep(self.loss, coefficient, self.ignore_index)
+        cached = self.loss.cached(self.reference.reference)
         self.rows = SampledRows(
             RowGenerator(sampling),
             rows=refill_rows,
             length=sequence_length,
             uses=uses_per_sample,
-            top_k=self._cached.top_k if self._cached is not None else 0,
+            top_k=0 if cached is None else cached.top_k,
             temperature=self.loss.temperature,
             background=background,
         )
         """The sampled rows."""
-        self._refuse_what_has_no_effect(reference)
+        refuse_what_has_no_effect(
+            self.loss,
+            coefficient,
+            self.reference.reference,
+            source,
+            sampling,
+            {"replay_fraction": replay_fraction is not None, "sequence_length": sequence_length is not None}
+            | self.rows.changed,
+        )
 
+        self._supply = RowSupply(self.loss, source, self.reference, self.rows, sequence_length)
         self._model: LanguageModel | None = None
         self._data: ReplayDataModule | None = None
         self._drawn_from: RowSource | None = None
         self._followed_step: int | None = None
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
-        self._compared: str | None = None
         self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], object]] = []
 
@@ -237,7 +243,6 @@ class SelfGeneratedReplay(Callback):
             self._data.save_hyperparameters({"SelfGeneratedReplay": self.hparams})
         elif self.loss.rows != "new":
             self._feed = RowFeed(ReplayShare(self._feed.share.fraction))
-            self._feed.joins_batch = False
             self._feed.begin(trainer)
 
     @override
@@ -255,7 +260,7 @@ class SelfGeneratedReplay(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reference.begin_training()
         if self._data is None:
-            self._log_hparams(trainer, pl_module)
+            log_hparams(trainer, {"SelfGeneratedReplay": self.hparams})
         if self.loss.rows != "new" and not self._feed_of_fit.share.fraction:
             return
         self._model = model = find_language_model(pl_module, self.language_model)
@@ -266,11 +271,10 @@ class SelfGeneratedReplay(Callback):
             return
         if self.seed is None:
             self.seed = self._feed_of_fit.processes.first(torch.initial_seed())
-        shards = None if self._data is None else self._data.shards
-        if shards is None:
-            self._begin_sampling(trainer, model)
-        else:
-            self._begin_reading(trainer, model, shards)
+        tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        fit = Fit(trainer, model, self._feed_of_fit, self._data, tokenizer, self.seed, self.previews)
+        self._drawn_from, disconnect = self._supply.connect(fit)
+        self._undo.append(disconnect)
         if self.loss.rows == "replay":
             self._wrap_step(trainer, pl_module, model, self._feed_of_fit)
         self._follow(trainer, model)
@@ -375,12 +379,6 @@ class SelfGeneratedReplay(Callback):
         return self._feed_of_fit.drawn
 
     @property
-    def _cached(self) -> Cached | None:
-        """How much of the reference rows carry with them; None if they carry nothing."""
-        reference = self.reference.reference
-        return reference if self.loss.takes_cached and isinstance(reference, Cached) else None
-
-    @property
     def _feed_of_fit(self) -> RowFeed:
         """Draws the replay rows of this fit."""
         return self._feed if self._data is None else self._data.feed
@@ -406,64 +404,6 @@ class SelfGeneratedReplay(Callback):
             )
         return None
 
-    def _begin_sampling(self, trainer: pl.Trainer, model: LanguageModel) -> None:
-        """Draw rows that are sampled when they are due."""
-        data, feed = self._data, self._feed_of_fit
-        assert self.seed is not None
-        if self.reference.resumed_from(trainer) is None and self.reference.reference.since == "fit":
-            self.rows.forget()  # rows of an earlier fit came from another reference
-        lasting = self._never_refills(model)
-        live = self.source == "live" or lasting
-        source: ReferenceModel = LiveModel(model) if live else self.reference.get(trainer, model)
-        if self.loss.needs_reference and self._cached is None:
-            self.reference.get(trainer, model)
-        tokenizer = self._find_tokenizer(trainer)
-        self._check_fit(model, tokenizer)
-        if self._cached is not None:
-            self._cache_prior(trainer, source, self._cached.top_k)
-        resumed = self._trained_by(trainer)
-        self.rows.begin(
-            Supply(trainer, model, feed, source, tokenizer, self.seed, lasting, resumed, self.previews),
-            None if data is None else data.buffer,
-        )
-        self._undo.append(self.rows.end)
-        self._drawn_from = self.rows
-        if data is None:
-            feed.source = self.rows
-        else:
-            self._undo.append(data.attach(self.rows, joins_batch=self.loss.rows == "batch"))
-
-    def _begin_reading(self, trainer: pl.Trainer, model: LanguageModel, rows: ShardRows) -> None:
-        """Draw rows that were generated ahead, if they are the reference's."""
-        data, shards = self._data, rows.shards
-        assert data is not None
-        given = [f"sampling.{name}" for name in self.rows.generator.sampling.changed]
-        given += [
-            name
-            for name, value in {
-                "source='live'": self.source == "live",
-                "background": self.rows.background,
-                "refill_rows": self.rows.rows != "auto",
-            }.items()
-            if value
-        ]
-        shards.check_options(given, self.sequence_length, self.loss.temperature if self._cached else None)
-        # Once the model has trained, its weights no longer show whether it wrote the rows.
-        kept = self.reference.reference.since == "first" and self._compared == shards.manifest.identity
-        shards.check_fits(model, adapter_is_idle(model), known=self.reference.resumed_from(trainer) is not None or kept)
-        self._compared = shards.manifest.identity
-        # Rows that were generated ahead take no second model, unless the loss does.
-        if self._cached is not None:
-            self._check_prior(model)
-            source = LiveModel(model) if self._never_refills(model) else self.reference.get(trainer, model)
-            self._cache_prior(trainer, source, shards.top_k)
-        elif self.loss.needs_reference:
-            self.reference.get(trainer, model)
-            self._check_prior(model)
-        rows.use(self.rows.uses, log_probs=self._cached is not None)
-        self._drawn_from = rows
-        self._undo.append(data.attach(rows, joins_batch=self.loss.rows == "batch"))
-
     def _wrap_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None
     ) -> None:
@@ -473,118 +413,6 @@ class SelfGeneratedReplay(Callback):
     def _seconds_so_far(self) -> tuple[float, float, float]:
         """Of the clock, in sampling, and in the replay loss."""
         return time.perf_counter(), self.rows.generator.seconds, self.step.seconds
-
-    def _never_refills(self, model: LanguageModel) -> bool:
-        """Whether the reference is gone as soon as the model trains, so that rows have to last."""
-        cached = isinstance(self.reference.reference, Cached)
-        return cached and self.source == "reference" and self.reference.adapter(model) is None
-
-    def _trained_by(self, trainer: pl.Trainer) -> str | None:
-        """What has trained the model before this fit began, since its reference was taken."""
-        if (checkpoint := self.reference.resumed_from(trainer)) is not None:
-            return f"the run up to {checkpoint}"
-        return "an earlier fit" if self.reference.reference.since == "first" and self.rows.generator.rows else None
-
-    def _cache_prior(self, trainer: pl.Trainer, source: ReferenceModel, top_k: int) -> None:
-        """Let real prior rows carry the reference's log-probabilities, as the sampled ones will."""
-        prior = None if self._data is None else self._data.prior
-        kept = self.reference.resumed_from(trainer) is not None or self.reference.reference.since == "first"
-        if self._data is None or prior is None or (prior.top_k and kept):
-            return
-        temperature = self.loss.temperature
-        with isolate_rng(), source.active() as active:
-            self._data.cache_prior(lambda rows: cache_reference(active, rows, top_k, temperature))
-
-    def _check_fit(self, model: LanguageModel, tokenizer: Any) -> None:
-        """Refuse rows that the model has no room or no tokens for."""
-        buffer = None if self._data is None else self._data.buffer
-        if buffer is not None:
-            self._check_buffer(buffer, model)
-        self._check_prior(model)
-        if self._data is not None and self._data.prior is not None and self._data.prior_share == 1:
-            return  # nothing will be sampled
-        self.rows.generator.bind(model, tokenizer)
-        length = buffer.length if buffer is not None else self.sequence_length
-        if length is not None:
-            self.rows.generator.check_length(length, model)
-
-    def _check_buffer(self, buffer: ReplayBuffer, model: LanguageModel) -> None:
-        if self.sequence_length not in (None, buffer.length):
-            raise MisconfigurationException(
-                f"`sequence_length={self.sequence_length}`, but the datamodule's buffer holds rows of {buffer.length} "
-                "tokens. Leave one of them out."
-            )
-        if self._cached is not None and not buffer.top_k:
-            raise MisconfigurationException(
-                "`reference='cached'` keeps log-probabilities beside the rows, but the datamodule's buffer keeps "
-                f"none. Make it with `ReplayBuffer(..., top_k={self._cached.top_k})`, or leave it to the callback."
-            )
-        check_tokens(buffer.max_token, "The replay buffer holds", model)
-
-    def _check_prior(self, model: LanguageModel) -> None:
-        prior = None if self._data is None else self._data.prior
-        if prior is None:
-            return
-        check_tokens(prior.max_token, "The prior rows hold", model)
-        # The last token of a row is a target and no more.
-        if model.context is not None and prior.length - 1 > model.context:
-            raise MisconfigurationException(
-                f"The prior rows have up to {prior.length} tokens, but {type(model.module).__name__} takes "
-                f"{model.context} at most. Cut them to that."
-            )
-
-    def _refuse_what_has_no_effect(self, reference: ReferenceName | Reference) -> None:
-        """Refuse arguments of the constructor that would be ignored beside others."""
-        sampling = self.rows.generator.sampling
-        if isinstance(self.reference.reference, Cached) and (self.source == "live" or self.loss.rows == "new"):
-            raise ValueError(
-                "`reference='cached'` keeps what the reference says of its own samples. Rows of "
-                f"{'the live model' if self.source == 'live' else 'the new task'} are not among them: use another "
-                "reference."
-            )
-        if self.source == "live" and getattr(sampling.sampler, "reference_only", False):
-            raise ValueError(
-                f"{type(sampling.sampler).__name__} samples a model whose weights stay as they are, and "
-                "`source='live'` asks for samples of the model as it trains. Use `source='reference'`."
-            )
-        changed = [f"sampling.{name}" for name in sampling.changed]
-        values = {
-            "source": self.source != "reference",
-            "replay_fraction": self.replay_fraction is not None,
-            "sequence_length": self.sequence_length is not None,
-            "refill_rows": self.rows.rows != "auto",
-            "uses_per_sample": self.rows.uses != 1,
-            "background": self.rows.background,
-        }
-        changed += [name for name, value in values.items() if value]
-        if self.loss.rows == "new" and changed:
-            raise ValueError(
-                f"{type(self.loss).__name__} takes the loss on the new rows and samples nothing, so "
-                f"{', '.join(f'`{name}`' for name in changed)} would have no effect. Leave it out."
-            )
-        if self.loss.rows == "batch" and self.step.coefficient != _COEFFICIENT:
-            raise ValueError(
-                "With `loss='mixed'` the user's own loss sees the replay rows and nothing is added to it, so "
-                "`coefficient` would have no effect. Leave it out."
-            )
-        if self.source == "live" and not self.loss.needs_reference and reference != "auto":
-            raise ValueError(
-                f"With `source='live'`, {type(self.loss).__name__} asks no reference, so `reference` would have no "
-                "effect. Leave it out."
-            )
-
-    def _find_tokenizer(self, trainer: pl.Trainer) -> Any:
-        holders = (self, trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
-        return next((held for holder in holders if (held := getattr(holder, "tokenizer", None)) is not None), None)
-
-    def _log_hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the arguments together with the user's own hyper-parameters, since TensorBoard shows one record alone."""
-        users: dict[str, Any] = {}
-        for holder in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-            if holder is not None and getattr(holder, "_log_hyperparams", False):
-                users |= dict(holder.hparams_initial)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(users | {"SelfGeneratedReplay": self.hparams})
 
     def _follow(self, trainer: pl.Trainer, model: LanguageModel) -> None:
         """Let an average take its step, once for each optimizer step, at which several batches may end.
@@ -600,4 +428,3 @@ class SelfGeneratedReplay(Callback):
         while self._undo:
             self._undo.pop()()
         self._model = self._drawn_from = None
-        self._feed.source = None

@@ -47,6 +47,23 @@ class RowFeed:
         self.replay_tokens = 0
         self.processes = Processes()
 
+    def attach(self, source: RowSource, joins_batch: bool = False) -> Callable[[], None]:
+        """Draw rows from a source.
+
+        Args:
+            source: The source.
+            joins_batch: Whether drawn rows join the user's batch.
+
+        Returns:
+            A function that detaches the source.
+        """
+        self.source, self.joins_batch = source, joins_batch
+
+        def detach() -> None:
+            self.source = self.drawn = None
+
+        return detach
+
     def begin(self, trainer: pl.Trainer) -> None:
         """Prepare for a fit; all of its processes call this.
 

@@ -266,3 +266,14 @@ def check_tokens(largest: int, what: str, model: LanguageModel) -> None:
             f"{what} the token id {largest}, but {type(model.module).__name__} has a vocabulary of "
             f"{model.vocabulary}. Use rows and prompts made by its own tokenizer."
         )
+
+
+def find_tokenizer(*holders: Any) -> Any:
+    """The ``tokenizer`` of the first of some objects that has one; None if none has.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> find_tokenizer(None, SimpleNamespace(tokenizer=None), SimpleNamespace(tokenizer="words"))
+        'words'
+    """
+    return next((held for holder in holders if (held := getattr(holder, "tokenizer", None)) is not None), None)

@@ -1,103 +1,23 @@
 """Generating replay rows ahead of training, in this process or on a Ray cluster."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_replay.__about__ import __version__
-from lightning_replay.buffers.manifest import Manifest, ShardFile, shard_name
-from lightning_replay.buffers.shards import write_shard
-from lightning_replay.models.causal_lm import CausalLM
-from lightning_replay.models.language_model import evaluating, find_language_model, weights_hash
-from lightning_replay.references.cached import cache_reference
-from lightning_replay.sampling.rows import RowGenerator
+from lightning_replay.buffers.manifest import Manifest, ShardFile
+from lightning_replay.sampling.cluster import Ray, on_ray
 from lightning_replay.sampling.sampling import Sampling
-from lightning_replay.utilities.logging import filter_name
-from lightning_replay.utilities.validation import is_number, is_whole
+from lightning_replay.sampling.shard_maker import Recipe, ShardMaker, differences
+from lightning_replay.utilities.validation import is_whole
 
-__all__ = ["Generated", "Ray", "Recipe", "ShardMaker", "generate_rows"]
-
-
-@dataclass(frozen=True)
-class Ray:
-    """Generates on a Ray cluster: actors of Ray Data, each with a model of its own.
-
-    A shard whose actor is lost is made by another. On CUDA each actor takes a GPU, else the CPUs that it has threads
-    for.
-
-    Args:
-        actors: How many actors.
-        address: The cluster to connect to if Ray is not connected yet; by default the one that Ray finds, or else one
-            on this machine.
-
-    Raises:
-        ValueError: If ``actors`` is below 1.
-    """
-
-    actors: int = 2
-    address: str | None = None
-
-    def __post_init__(self) -> None:
-        if not is_whole(self.actors, 1):
-            raise ValueError(f"`actors` is a whole number, at least 1; got {self.actors!r}.")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that the rows of a folder depend on; see ``generate_rows``.
-
-    Raises:
-        ValueError: If a number is out of its range, or a choice is unknown.
-    """
-
-    model: str
-    rows: int
-    sampling: Sampling = Sampling()  # noqa: RUF009
-    sequence_length: int = 512
-    seed: int = 0
-    reference_top_k: int = 0
-    divergence_temperature: float = 1.0
-    shard_rows: int = 512
-    dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"rows": 1, "sequence_length": 2, "seed": 0, "reference_top_k": 0, "shard_rows": 1}
-        for name, smallest in least.items():
-            if not is_whole(getattr(self, name), smallest):
-                raise ValueError(f"`{name}` is a whole number, at least {smallest}; got {getattr(self, name)!r}.")
-        if not is_number(self.divergence_temperature) or not self.divergence_temperature > 0:
-            raise ValueError(f"`divergence_temperature` is above 0; got {self.divergence_temperature!r}.")
-        kind = getattr(torch, self.dtype, None)
-        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-            raise ValueError(f"`dtype` is a floating-point type of torch, such as 'bfloat16'; got {self.dtype!r}.")
-        if self.reference_top_k == 0 and self.divergence_temperature != 1:
-            raise ValueError(
-                "`divergence_temperature` divides the logits of kept log-probabilities, and with `reference_top_k=0` "
-                "none are kept. Set `reference_top_k`, or leave it out."
-            )
-
-    @property
-    def planned(self) -> int:
-        """How many shards there will be."""
-        return -(-self.rows // self.shard_rows)
-
-    def here(self) -> "Recipe":
-        """The same with the device that ``"auto"`` stands for in this process."""
-        if self.device != "auto":
-            return self
-        return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
+__all__ = ["Generated", "generate_rows"]
 
 
 @dataclass(frozen=True)
@@ -113,71 +33,6 @@ class Generated:
     rows: int
     new_rows: int
     seconds: float
-
-
-class ShardMaker:
-    """A model and all that is needed to make any shard of a folder.
-
-    Args:
-        recipe: What the rows are.
-        batch_size: Samples decoded at a time; by default as many as memory is meant for.
-        device: Where the model runs; by default as in the recipe.
-
-    Raises:
-        MisconfigurationException: If the samples don't fit the model.
-    """
-
-    def __init__(self, recipe: Recipe, batch_size: int | None = None, device: str | None = None) -> None:
-        self.recipe = recipe = recipe.here()
-        trust = {"trust_remote_code": recipe.trust_remote_code}
-        with isolate_rng():
-            module = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype), **trust)
-        self.tokenizer = _tokenizer(recipe)
-        self._model = find_language_model(CausalLM(module).to(device or recipe.device), "model")
-        self._generator = RowGenerator(recipe.sampling, batch_size)
-        self._generator.bind(self._model, self.tokenizer)
-        self._generator.check_length(recipe.sequence_length, self._model)
-
-    def settings(self) -> dict[str, Any]:
-        """The manifest's record of the rows: equal settings make equal rows."""
-        chosen = {
-            name: value for name, value in vars(self.recipe).items() if name not in ("model", "trust_remote_code")
-        }
-        sampling, prompts = self.recipe.sampling, self.recipe.sampling.prompts
-        vocabulary = None if self.tokenizer is None else sorted(self.tokenizer.get_vocab().items())
-        return chosen | {
-            "device": torch.device(self.recipe.device).type,
-            "sampling": vars(sampling)
-            | {
-                "prompts": prompts if prompts is None or isinstance(prompts, str) else _digest(list(prompts)),
-                "stop_at_eos": sampling.stops_at_eos,
-                "filters": list(map(_described, sampling.filters)),
-                "sampler": None if sampling.sampler is None else _described(sampling.sampler),
-            },
-            "model_hash": weights_hash(self._model.module),
-            "vocabulary": self._model.vocabulary,
-            "tokenizer": None if vocabulary is None else _digest(vocabulary),
-        }
-
-    def make(self, number: int, folder: Path, progress: Callable[[int], Any]) -> ShardFile:
-        """Make a shard and write it; it depends on the settings and its number alone.
-
-        Args:
-            number: Which one.
-            folder: Where to.
-            progress: Called with the number of tokens drawn since it was last called.
-        """
-        recipe = self.recipe
-        # As if all shards before it had been made by this generator.
-        piece = self._generator.piece_length(recipe.sequence_length, self._model)
-        samples = number * -(-recipe.shard_rows * recipe.sequence_length // piece)
-        self._generator = generator = self._generator.fork(refills=number, samples_drawn=samples)
-        rows = min(recipe.shard_rows, recipe.rows - number * recipe.shard_rows)
-        with evaluating(self._model.module):
-            made, _ = generator.generate(self._model, rows, recipe.sequence_length, recipe.seed, progress)
-            if recipe.reference_top_k:
-                made = cache_reference(self._model, made, recipe.reference_top_k, recipe.divergence_temperature)
-        return write_shard(folder / shard_name(number, recipe.planned), made)
 
 
 def generate_rows(
@@ -261,7 +116,7 @@ def generate_rows(
     with tqdm(total=rows, initial=here, desc="Generating", unit=" rows", disable=None) as bar:
         if cluster is not None:
             del maker
-            shards = _on_ray(recipe, folder, missing, manifest, cluster, threads or 1, batch_size)
+            shards = on_ray(recipe, folder, missing, manifest, cluster, threads or 1, batch_size)
         else:
             shards = _here(maker, folder, missing, threads, bar)
         for number, shard in shards:
@@ -286,33 +141,13 @@ def _begun(folder: Path, settings: dict[str, Any], recipe: Recipe) -> Manifest:
         manifest = Manifest(settings, about, {})
         manifest.write(folder)
         return manifest
-    other = _differences(manifest.settings, settings)
+    other = differences(manifest.settings, settings)
     if other:
         raise ValueError(
             f"{folder} holds rows that were generated with other settings: {other}. Use the same, or another folder."
         )
     manifest.shards = {number: shard for number, shard in manifest.shards.items() if shard.is_whole(folder)}
     return manifest
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """In what two settings differ."""
-    theirs, ours = _flat(theirs), _flat(json.loads(json.dumps(ours)))
-    other = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
-    return ", ".join(f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in other)
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those of sampling as ``sampling.<name>``."""
-    sampling = settings.get("sampling", {})
-    return {name: value for name, value in settings.items() if name != "sampling"} | {
-        f"sampling.{name}": value for name, value in sampling.items()
-    }
-
-
-def _described(function: Any) -> str:
-    """A filter or sampler in the manifest: its settings if it is a dataclass, else its name."""
-    return repr(function) if is_dataclass(function) else filter_name(function)
 
 
 def _here(
@@ -339,72 +174,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _ShardActor:
-    """Makes shards in a process of its own."""
-
-    def __init__(
-        self, recipe: Recipe, folder: str, settings: dict[str, Any], batch_size: int | None, threads: int
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._maker, self._folder = ShardMaker(recipe, batch_size), Path(folder)
-        other = _differences(settings, self._maker.settings())
-        if other:
-            raise ValueError(
-                f"{recipe.model} is another model on this machine than where generating began: {other}. Put the same "
-                "model on all machines."
-            )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        numbers = [int(number) for number in batch["number"]]
-        shards = [vars(self._maker.make(number, self._folder, lambda tokens: None)) for number in numbers]
-        return {"number": numbers} | {name: [shard[name] for shard in shards] for name in shards[0]}
-
-
-def _on_ray(
-    recipe: Recipe,
-    folder: Path,
-    numbers: list[int],
-    manifest: Manifest,
-    cluster: Ray,
-    threads: int,
-    batch_size: int | None,
-) -> Iterator[tuple[int, ShardFile]]:
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"The engine 'ray' needs {error.name}, which is not installed: pip install 'lightning-replay[ray]'"
-        ) from error
-    if not numbers:
-        return
-    if not ray.is_initialized():
-        ray.init(address=cluster.address, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    # A block for each shard, so that a shard is reported as soon as it is made. Ray Data starts lost actors anew.
-    shards = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-    made = shards.map_batches(
-        _ShardActor,
-        fn_constructor_args=(recipe, str(folder), manifest.settings, batch_size, threads),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.actors, len(numbers))),
-        num_cpus=threads,
-        num_gpus=int(recipe.device.startswith("cuda")),
-    )
-    for row in made.iter_rows():
-        number = row.pop("number")
-        yield number, ShardFile(**row)
-
-
-def _tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer; None where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    except (OSError, ValueError):
-        return None
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

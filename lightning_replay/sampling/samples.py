@@ -35,7 +35,7 @@ class Samples(NamedTuple):
         return Samples(*(part if part is None else part[samples] for part in self))  # type: ignore[arg-type]
 
 
-# What they return is not in their types: jsonargparse would take a function that returns a tensor for a class of tensors.
+# Their types omit what they return: jsonargparse takes a function that returns a tensor for a class of tensors.
 Sampler = Callable[[LanguageModel, Sequence[Sequence[int]], int, torch.Generator], Any]
 """Called with the model (in evaluation mode, without gradients), a prompt for each sample, the length of a sample and
 a CPU generator. Returns the samples, prompts included: token ids of shape ``(samples, length)``, or ``Samples`` if they

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-__all__ = ["log_samples", "log_values", "next_step", "plain", "publish"]
+__all__ = ["log_hparams", "log_samples", "log_values", "next_step", "plain", "publish"]
 
 _SAMPLES = "replay/samples"
 
@@ -21,6 +21,21 @@ def next_step(trainer: pl.Trainer) -> int:
     Lightning's own callbacks read it there as well.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_hparams(trainer: pl.Trainer, hparams: Mapping[str, Any]) -> None:
+    """Log hyper-parameters together with those of the module and the datamodule, as TensorBoard shows one record only.
+
+    Args:
+        trainer: The Trainer.
+        hparams: By name.
+    """
+    users: dict[str, Any] = {}
+    for holder in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        if getattr(holder, "_log_hyperparams", False):
+            users |= dict(holder.hparams_initial)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(users | dict(hparams))
 
 
 def log_values(trainer: pl.Trainer, values: Mapping[str, float], step: int) -> None:
