@@ -1,16 +1,18 @@
 """Finetune language models in PyTorch Lightning without forgetting: self-generated replay as a callback."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning_replay.__about__ import __version__
 from lightning_replay.buffers.buffer import ReplayBuffer
+from lightning_replay.buffers.policies import Policy
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.buffers.shards import ReplayShards
 from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_replay.callbacks.replay_loss import KL, LwF, Mixed, NextToken, ReplayLoss
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
-from lightning_replay.data.chat import ChatDataModule
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.sources import RowSource
-from lightning_replay.data.text import TextDataModule
 from lightning_replay.losses import (
     divergence_from_top_k,
     forward_kl,
@@ -38,6 +40,10 @@ from lightning_replay.sampling.draw import sample_rows
 from lightning_replay.sampling.generate import generate_rows
 from lightning_replay.sampling.sampling import Sampling
 
+if TYPE_CHECKING:
+    from lightning_replay.data.chat import ChatDataModule
+    from lightning_replay.data.text import TextDataModule
+
 __all__ = [
     "EMA",
     "KL",
@@ -53,6 +59,7 @@ __all__ = [
     "Mixed",
     "NextToken",
     "Perplexity",
+    "Policy",
     "Ray",
     "Reference",
     "ReplayBuffer",
@@ -81,3 +88,12 @@ __all__ = [
     "sample_rows",
     "top_k_log_probs",
 ]
+
+_LATER = {"ChatDataModule": "lightning_replay.data.chat", "TextDataModule": "lightning_replay.data.text"}
+"""What is imported when it is first used: `datasets`, which it needs, takes as long to import as all else here."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

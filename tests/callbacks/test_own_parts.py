@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from lightning_replay import (
     KL,
+    Policy,
     Reference,
     ReplayBuffer,
     ReplayDataModule,
@@ -21,7 +22,6 @@ from lightning_replay import (
     Sampling,
     SelfGeneratedReplay,
 )
-from lightning_replay.buffers.policies import Policy
 from lightning_replay.references.models import LiveModel
 from lightning_replay.sampling import Samples
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
