@@ -107,6 +107,9 @@ def test_rows_decoded_together_fit_the_memory_that_is_meant_for_them(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="for it, torch 2.13 writes code that does not compile"
+)
 def test_a_compiled_forward_says_the_same_and_is_compiled_once(tiny_llama: Make) -> None:
     model = of(tiny_llama())
     with torch.no_grad():
