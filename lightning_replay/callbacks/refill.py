@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from lightning_replay.references.models import FrozenCopy, ReferenceModel
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.utilities.distributed import LostProcessError
 from lightning_replay.utilities.logging import log_samples, log_values, next_step
-from lightning_replay.utilities.progress import refill_bar
+from lightning_replay.utilities.progress import heed_sigterm, refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
 __all__ = ["Fit", "SampledRows", "Supply"]
@@ -36,6 +37,8 @@ _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
+_LOOK_EVERY = 0.5
+"""Seconds between two looks for a signal to end, while rows are made ahead."""
 _FAILURES = 3
 """How many refills in a row may fail before the run does."""
 
@@ -269,7 +272,7 @@ class SampledRows(RowSource):
         if self._ahead is not None:
             started, ahead = time.perf_counter(), self._ahead
             self._ahead = None
-            made = ahead.result()
+            made = _waited_for(ahead, supply.fit.trainer)
             made.generator.seconds = self.generator.seconds + time.perf_counter() - started
             return made
         processes = supply.fit.feed.processes
@@ -310,7 +313,8 @@ class SampledRows(RowSource):
         with supply.source.active() as active:
             made, quality = generator.generate(active, rows, buffer.length, supply.fit.seed, advance, processes)
             if buffer.top_k:  # on each rank by itself: one forward a row costs less than sending its results
-                cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
+                between = functools.partial(advance, 0)
+                cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature, between)
                 made = processes.together(cache)
         return _Made(made, quality, generator, time.perf_counter() - started)
 
@@ -367,6 +371,17 @@ class SampledRows(RowSource):
         rows = made.rows.take(torch.arange(min(supply.fit.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
         log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
+
+
+def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
+    """What the worker makes, once it is ready, unless the run is asked to end."""
+    while True:
+        try:
+            return ahead.result(timeout=_LOOK_EVERY)
+        except FutureTimeoutError:
+            if ahead.done():  # it was the worker's own
+                raise
+            heed_sigterm(trainer)
 
 
 def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | None:

@@ -39,6 +39,7 @@ from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import evaluating
 from lightning_replay.references.reference import Cached, Reference, ReferenceName, reference_of
 from lightning_replay.sampling.sampling import Sampling
+from lightning_replay.utilities.progress import ProgressLines
 
 try:
     import matplotlib
@@ -100,10 +101,11 @@ class Run:
 class _TaskAccuracy(Callback):
     """Measures every task while one of them is learned: the share of problems whose whole answer is right."""
 
-    def __init__(self, run: Run, progress: Progress, label: str, until: float | None) -> None:
+    def __init__(self, run: Run, progress: Progress, lines: ProgressLines, label: str, until: float | None) -> None:
         self.run = run
         self.until = until
         self.progress = progress
+        self.lines = lines
         self.label = label
         self.first_step = run.ends[-1] if run.ends else 0
         held_out = torch.Generator().manual_seed(2**31)
@@ -139,6 +141,7 @@ class _TaskAccuracy(Callback):
             curve.append(accuracy)
         shown = "  ".join(f"{task} {accuracy:4.0%}" for task, accuracy in zip(TASKS, accuracies, strict=True))
         self.progress.update(self.bar, accuracy=shown)
+        self.lines(lambda: f"{self.label} step {trainer.global_step}: {shown}")
         return accuracies
 
     def _accuracy(self, pl_module: pl.LightningModule, rows: torch.Tensor) -> float:
@@ -201,17 +204,17 @@ def learn_sequence(
     Returns:
         What each arm gave.
     """
-    tasks, runs = list(TASKS), {}
+    tasks, runs, lines = list(TASKS), {}, ProgressLines()
     with quiet_lightning(), _bars(console) as progress:
         pl.seed_everything(seed)
         shared = Run()
         model = _small_transformer()
-        _learn("all", tasks[0], model, shared, progress, seed, first_steps, replay=None, logs=None)
+        _learn("all", tasks[0], model, shared, progress, lines, seed, first_steps, replay=None, logs=None)
         for arm, replay_of_tasks in arms.items():
             runs[arm], learner = copy.deepcopy(shared), copy.deepcopy(model)
             for number, task in enumerate(tasks[1:], start=1):
                 replay = None if replay_of_tasks is None else replay_of_tasks(tasks[:number])
-                _learn(arm, task, learner, runs[arm], progress, seed, steps, replay, logs)
+                _learn(arm, task, learner, runs[arm], progress, lines, seed, steps, replay, logs)
     return runs
 
 
@@ -248,6 +251,7 @@ def _learn(
     model: LlamaForCausalLM,
     run: Run,
     progress: Progress,
+    lines: ProgressLines,
     seed: int,
     steps: int,
     replay: SelfGeneratedReplay | None,
@@ -257,7 +261,7 @@ def _learn(
     learned = len(run.ends)
     first = not learned
     label = f"{arm.replace('_', ' '):<14} {learned + 1}/{len(TASKS)} {task:<8}"
-    accuracy = _TaskAccuracy(run, progress, label, until=LEARNED if first else None)
+    accuracy = _TaskAccuracy(run, progress, lines, label, until=LEARNED if first else None)
     callbacks: list[Callback] = [accuracy]
     if replay is not None:
         callbacks.append(replay)

@@ -1,5 +1,7 @@
 """Log-probabilities of a reference, kept beside the rows."""
 
+from collections.abc import Callable
+
 import torch
 
 from lightning_replay.buffers.rows import ReplayRows
@@ -10,7 +12,12 @@ __all__ = ["cache_reference"]
 
 
 def cache_reference(
-    model: LanguageModel, rows: ReplayRows, k: int, temperature: float, batch_size: int = 64
+    model: LanguageModel,
+    rows: ReplayRows,
+    k: int,
+    temperature: float,
+    between: Callable[[], object] = lambda: None,
+    batch_size: int = 64,
 ) -> ReplayRows:
     """The same rows with the model's likeliest next tokens and their log-probabilities.
 
@@ -22,11 +29,13 @@ def cache_reference(
         rows: The rows.
         k: The number of tokens to keep for each position; all if the vocabulary is smaller.
         temperature: Divides the logits.
+        between: Called before each batch of rows.
         batch_size: Rows in a forward.
     """
     ids, log_probs = [], []
     for some in torch.arange(len(rows.tokens), dtype=torch.int64).split(batch_size):  # type: ignore[no-untyped-call]
         logits = model.logits(rows.tokens[some, :-1].to(model.device))
+        between()
         top_ids, top_log_probs = top_k_log_probs(logits, min(k, model.vocabulary), temperature)
         ids.append(top_ids.cpu())
         log_probs.append(top_log_probs.cpu().half())

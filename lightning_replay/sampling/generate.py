@@ -15,6 +15,7 @@ from lightning_replay.buffers.manifest import Manifest, ShardFile
 from lightning_replay.sampling.cluster import Ray, on_ray
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.sampling.shard_maker import Recipe, ShardMaker, differences
+from lightning_replay.utilities.progress import ProgressLines
 from lightning_replay.utilities.validation import is_whole
 
 __all__ = ["Generated", "generate_rows"]
@@ -114,16 +115,16 @@ def generate_rows(
     manifest = _begun(folder, maker.settings(), recipe)
     here, missing, started = manifest.rows, manifest.missing, time.perf_counter()
     with tqdm(total=rows, initial=here, desc="Generating", unit=" rows", disable=None) as bar:
+        shown = _Shown(bar, rows, here)
         if cluster is not None:
             del maker
             shards = on_ray(recipe, folder, missing, manifest, cluster, threads or 1, batch_size)
         else:
-            shards = _here(maker, folder, missing, threads, bar)
+            shards = _here(maker, folder, missing, threads, shown)
         for number, shard in shards:
             manifest.shards[number] = shard
             manifest.write(folder)
-            bar.n = manifest.rows
-            bar.refresh()
+            shown.set(manifest.rows)
     return Generated(manifest.rows, manifest.rows - here, time.perf_counter() - started)
 
 
@@ -150,15 +151,29 @@ def _begun(folder: Path, settings: dict[str, Any], recipe: Recipe) -> Manifest:
     return manifest
 
 
+class _Shown:
+    """How many rows are there, in a bar at a terminal and in lines elsewhere."""
+
+    def __init__(self, bar: Any, total: int, rows: int) -> None:
+        self.rows = rows
+        self._bar, self._total, self._lines = bar, total, ProgressLines()
+
+    def set(self, rows: int) -> None:
+        self.rows = rows
+        self._bar.n = rows
+        self._bar.refresh()
+        self._lines(lambda: f"Generating: {rows:,} of {self._total:,} rows.")
+
+
 def _here(
-    maker: ShardMaker, folder: Path, numbers: list[int], threads: int | None, bar: Any
+    maker: ShardMaker, folder: Path, numbers: list[int], threads: int | None, shown: "_Shown"
 ) -> Iterator[tuple[int, ShardFile]]:
     length, tokens = maker.recipe.sequence_length, 0
 
     def advance(sampled: int) -> None:
         nonlocal tokens
         tokens += sampled
-        bar.update(tokens // length)
+        shown.set(shown.rows + tokens // length)
         tokens %= length
 
     with _threads(threads):

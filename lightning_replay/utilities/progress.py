@@ -1,5 +1,6 @@
-"""A progress bar for long refills, beside the Trainer's own."""
+"""Progress of long work: a bar at a terminal, a line every now and then elsewhere; and an end when one is asked for."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,19 +8,58 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm.auto import tqdm
 
-__all__ = ["refill_bar"]
+__all__ = ["ProgressLines", "heed_sigterm", "refill_bar"]
 
 DELAY = 2.0
 """Seconds after which a refill is long."""
+EVERY = 15.0
+"""Seconds between two lines of progress."""
 
 _DESCRIPTION = "Sampling replay rows"
 
 
+class ProgressLines:
+    """Prints a line to standard error every ``EVERY`` seconds, if that is no terminal, which has bars instead.
+
+    Example:
+        >>> lines = ProgressLines()
+        >>> for step in range(3):  # too quick for a line
+        ...     lines(lambda: f"step {step}")
+    """
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + EVERY
+
+    def __call__(self, line: Callable[[], str]) -> None:
+        """Print a line if it is time for one.
+
+        Args:
+            line: Returns the line.
+        """
+        now = time.monotonic()
+        if now >= self._next and not sys.stderr.isatty():
+            self._next = now + EVERY
+            print(line(), file=sys.stderr, flush=True)
+
+
+def heed_sigterm(trainer: pl.Trainer) -> None:
+    """End the run if a ``SIGTERM`` has arrived, as Lightning does between batches.
+
+    A scheduler sends it ahead of the end of a job. Call this in work of our own that takes longer than a batch.
+
+    Raises:
+        SIGTERMException: If one has arrived.
+    """
+    if trainer.received_sigterm:
+        raise SIGTERMException
+
+
 @contextmanager
 def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any]]:
-    """A bar for refills of more than ``DELAY`` seconds, where the Trainer shows bars at all.
+    """A bar for refills of more than ``DELAY`` seconds, if the Trainer shows bars at all.
 
     Under ``RichProgressBar`` it is one more task of that bar's display, since rich
     draws one live display at a time; otherwise it is a bar of tqdm's.
@@ -29,7 +69,8 @@ def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any
         tokens: How many tokens will be sampled.
 
     Yields:
-        A function to call with the number of tokens sampled since the last call.
+        A function to call with the number of tokens sampled since the last call. It ends the run if a ``SIGTERM`` has
+        arrived.
     """
     theirs = trainer.progress_bar_callback
     if isinstance(theirs, RichProgressBar) and theirs.is_enabled and theirs.progress is not None:
@@ -37,6 +78,7 @@ def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any
         task = display.add_task(_DESCRIPTION, total=tokens, visible=False)
 
         def advance(sampled: int) -> None:
+            heed_sigterm(trainer)
             display.update(task, advance=sampled, visible=time.perf_counter() - started > DELAY)
             theirs.refresh()
 
@@ -49,4 +91,9 @@ def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any
     with tqdm(
         total=tokens, desc=_DESCRIPTION, unit=" tokens", unit_scale=True, delay=DELAY, leave=False, disable=hidden
     ) as bar:
-        yield bar.update
+
+        def update(sampled: int) -> None:
+            heed_sigterm(trainer)
+            bar.update(sampled)
+
+        yield update
