@@ -594,9 +594,9 @@ def ones(rows: int, length: int) -> Tensor:
         (
             {"sampling": Sampling(sampler=sampled(ones, lengths=torch.tensor([1])))},
             TypeError,
-            r"`lengths` have not the shape \(2,\)",
+            r"`lengths` do not have the shape \(2,\)",
         ),
-        ({"sampling": Sampling(sampler=sampled(ones, drawn=None))}, TypeError, r"`drawn` have not the shape \(2, 24\)"),
+        ({"sampling": Sampling(sampler=sampled(ones, drawn=None))}, TypeError, r"`drawn` do not have the shape \(2, 24\)"),
         ({"sampling": Sampling(filters=[lambda samples: None])}, TypeError, "The filter 'lambda' returned None"),
         (
             {"sampling": Sampling(filters=[lambda samples: samples.tokens])},

@@ -55,7 +55,7 @@ def refuse_what_has_no_effect(
         )
     if live and getattr(sampling.sampler, "reference_only", False):
         raise ValueError(
-            f"{type(sampling.sampler).__name__} samples a model whose weights stay as they are, and "
+            f"{type(sampling.sampler).__name__} samples a model whose weights do not change, and "
             "`source='live'` asks for samples of the model as it trains. Use `source='reference'`."
         )
     changed = changed_settings(sampling, {"source": live} | dict(others))

@@ -153,7 +153,7 @@ class SampledRows(RowSource):
             )
         if self.background and not (type(supply.source) is FrozenCopy and self.generator.sampling.sampler is None):
             raise MisconfigurationException(
-                "`background=True` samples a frozen copy of the model in a thread of its own. It goes with "
+                "`background=True` samples a frozen copy of the model in a separate thread. It goes with "
                 "`source='reference'`, `reference='copy'` and no `sampler`: another source changes while the model "
                 "trains, and a sampler of your own may draw from the global random state. Leave it out."
             )
@@ -176,7 +176,7 @@ class SampledRows(RowSource):
         self.buffer = None
 
     def draw(self, rows: int, batch: Any) -> ReplayRows:
-        """Draw rows; when all have been used as often as they may be, sample new ones."""
+        """Draw rows; if all have been used ``uses`` times, sample new ones."""
         supply = self._supply
         assert supply is not None
         parts: list[ReplayRows] = []
@@ -312,7 +312,7 @@ class SampledRows(RowSource):
         started, processes = time.perf_counter(), supply.fit.feed.processes
         with supply.source.active() as active:
             made, quality = generator.generate(active, rows, buffer.length, supply.fit.seed, advance, processes)
-            if buffer.top_k:  # on each rank by itself: one forward a row costs less than sending its results
+            if buffer.top_k:  # on each rank: one forward a row costs less than sending its results
                 between = functools.partial(advance, 0)
                 cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature, between)
                 made = processes.together(cache)
@@ -330,8 +330,8 @@ class SampledRows(RowSource):
         buffer.renew()
         rank_zero_warn(
             f"Replay: the refill at step {step} failed with {type(error).__name__}: {error} The {len(buffer)} rows of "
-            f"the one before are used again, then it is tried anew ({self._failures} of {_FAILURES} failures in a row, "
-            "after which the run ends)."
+            f"the one before are used again, then another refill is tried (failures in a row: {self._failures}; after "
+            f"{_FAILURES} the run ends)."
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
@@ -353,7 +353,7 @@ class SampledRows(RowSource):
         needed = math.ceil(used / self.uses)
         if supply.lasting:
             return needed
-        # In even parts, so that the last refill is not sampled for a few steps alone.
+        # In even parts, so that the last refill is not sampled for only a few steps.
         return math.ceil(needed / math.ceil(needed / _REFILL_ROWS))
 
     def _how(self, model: LanguageModel) -> str:

@@ -81,8 +81,8 @@ class SelfGeneratedReplay(Callback):
 
     Note:
         With several processes, each samples a part of a refill, and all have the rows that one process would have.
-        Each logs the replay loss, age and uses of its own rows. With ``"mixed"`` and ``"lwf"``, the processes' losses
-        are averaged as the strategy averages the user's own, whatever the number of rows behind each.
+        Each logs the replay loss, age and uses of its own rows. With ``"mixed"`` and ``"lwf"``, the strategy averages
+        the processes' losses as it averages the user's own, without weighing them by their rows.
 
     Args:
         loss: What is added to the loss of the step. ``"kl"``: divergence from the reference model to the trained one
@@ -109,7 +109,7 @@ class SelfGeneratedReplay(Callback):
             datamodule's own buffer.
         refill_rows: Rows to sample at a time. Larger refills sample faster, up to 256 rows. ``"auto"``: up to 256, in
             even parts of what the run uses, or all of it if rows can't be replaced. How many of them are decoded
-            together depends on memory alone.
+            together depends only on memory.
         uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper.
         background: Whether a thread samples the next refill on one core while the model trains. It needs a frozen copy
             as the reference, and pays if a core is idle. The samples are the same.
@@ -141,7 +141,7 @@ class SelfGeneratedReplay(Callback):
 
     save_rows: bool = True
     """Whether checkpoints hold the sampled rows, at 4 bytes a token and 6 a cached log-probability. Without them, a
-    resumed run samples anew: it continues well, but not bit for bit as if it had not stopped."""
+    resumed run samples new rows: it continues, but not bit for bit as if it had not stopped."""
 
     ignore_index: int = -100
     """The label that the user's loss leaves out, for ``loss="lwf"``; negative labels always are."""
@@ -239,7 +239,7 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows == "new" or self._feed_of_fit.share.fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
         if self._data is not None:
-            # Lightning logs them with the module's: of two records, TensorBoard would show one alone.
+            # Lightning logs them with the module's. Of two separate records, TensorBoard would show only one.
             self._data.save_hyperparameters({"SelfGeneratedReplay": self.hparams})
         elif self.loss.rows != "new":
             self._feed = RowFeed(ReplayShare(self._feed.share.fraction))
@@ -250,10 +250,10 @@ class SelfGeneratedReplay(Callback):
         restored = not trainer.strategy.restore_checkpoint_after_setup
         if trainer.ckpt_path is not None and restored and not self._checkpoint_loaded:
             raise MisconfigurationException(
-                f"The run can't go on from {trainer.ckpt_path}, which was saved with `save_weights_only=True`: it has "
-                "the weights, but neither the state of the optimizers nor that of the callbacks, so both the model "
-                "before finetuning and how far sampling has come are missing. Resume from a full checkpoint, or load "
-                "the weights into the module and fit without `ckpt_path`: the reference is then the model as loaded."
+                f"The run can't continue from {trainer.ckpt_path}, which was saved with `save_weights_only=True`: it "
+                "has the weights, but neither the state of the optimizers nor that of the callbacks, so the model "
+                "before finetuning and the state of sampling are missing. Resume from a full checkpoint, or load the "
+                "weights into the module and fit without `ckpt_path`: the reference is then the model as loaded."
             )
 
     @override
@@ -339,8 +339,8 @@ class SelfGeneratedReplay(Callback):
         rows = checkpoint.get(_ROWS_KEY, {"buffer": None})
         if "left_out" in rows:
             rank_zero_warn(
-                "The checkpoint was saved with `SelfGeneratedReplay.save_rows = False`, so replay rows are sampled "
-                "anew: the run does not continue bit for bit as if it had not stopped."
+                "The checkpoint was saved with `SelfGeneratedReplay.save_rows = False`, so new replay rows are "
+                "sampled: the run does not continue bit for bit as if it had not stopped."
             )
         else:
             self.rows.load_state_dict(rows)

@@ -26,7 +26,7 @@ class RowFeed:
         share: How many rows are owed to each batch.
 
     Attributes:
-        source: Where rows come from; None for nowhere.
+        source: Where rows come from; None if there are no rows.
         joins_batch: Whether drawn rows join the user's batch. If not, the callback sees to their own forward.
         drawn: This rank's replay rows of the batch that was last made ready for training, on the CPU; None if it has
             none.

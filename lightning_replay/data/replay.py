@@ -16,7 +16,15 @@ from typing_extensions import override
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.buffers.shards import ReplayShards
-from lightning_replay.data.batches import Batches, PaddingSide, crop_batch, join_rows, row_count, rows_in
+from lightning_replay.data.batches import (
+    Batches,
+    PaddingSide,
+    crop_batch,
+    find_ignore_index,
+    join_rows,
+    row_count,
+    rows_in,
+)
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.prior import Prior, check_prior, read_prior
 from lightning_replay.data.share import REPLAY_FRACTION, Mode, ReplayShare
@@ -32,43 +40,43 @@ _HOOKS = ("prepare_data", "on_before_batch_transfer", "transfer_batch_to_device"
 class ReplayDataModule(pl.LightningDataModule):
     """Mixes rows from a replay buffer into the training batches of any datamodule or dataloader.
 
-    The wrapped loaders reach the Trainer untouched: samplers, workers, lengths, shuffling and mid-epoch resume are
-    theirs. Rows join the batch in the batch-transfer hook, in the main process, right before the step, so they are
-    never stale. Validation, test and predict batches are never touched. Where the buffer is empty and nothing fills
-    it, a batch stays as it is.
+    The Trainer gets the wrapped loaders unchanged, with their samplers, workers, lengths, shuffling and mid-epoch
+    resume. Rows join the batch in the batch-transfer hook, in the main process, right before the step, so they are
+    never stale. Validation, test and predict batches are never changed. If there are no replay rows, a batch stays as
+    it is.
 
-    Attributes of the wrapped datamodule that this class doesn't have can be read and set through it, and its
-    hyper-parameters are this one's, too.
-
-    Note:
-        Under ``SelfGeneratedReplay`` with ``loss="kl"`` or ``"ntp"``, the rows drawn here travel with the model's
-        forward instead of joining the batch, so that ``training_step`` and its own loss see the new rows alone.
+    Attributes of the wrapped datamodule that this class does not have can be read through it, and those in
+    ``passed_on`` can be set. The two share their hyper-parameters.
 
     Note:
-        Several processes hold equal buffers, those of process 0 at the start of the fit, and draw from them in step:
-        the share is that of their batches together, and each takes other ones of the rows owed. ``drawn`` are its own.
+        Under ``SelfGeneratedReplay`` with any loss but ``"mixed"``, replay rows do not join the batch: they take a
+        forward of their own, so ``training_step`` sees only the new rows.
+
+    Note:
+        All ranks hold equal buffers, those of rank 0 at the start of the fit, and draw from them in step. The share is
+        that of all ranks' batches together, and each rank takes a part of the rows owed; ``drawn`` holds its part.
 
     Args:
         data: A datamodule, or the training dataloader itself.
         replay_fraction: Share of replay rows in the mixed batch, in [0, 1), exact in the long run: what a batch owes
             in fractions of a row is carried to the next.
-        mode: ``"append"`` keeps every new row and adds to them; ``"replace"`` keeps the batch size: the last
-            new rows give way, at least one stays.
-        prior: Real prior rows, where you have some: a ``ReplayBuffer``, a tensor of token rows, or a dataloader
-            of batches such as the model is trained on, which is read once at the start of the fit and kept in memory
-            at 4 bytes a token; of a datamodule, its ``train_dataloader``. A row is drawn again when all have been. Of
-            a stream, which has no length, pass a part: ``list(itertools.islice(stream, 100))``.
+        mode: ``"append"`` adds replay rows to the new ones. ``"replace"`` keeps the batch size: the last new rows give
+            way, and at least one stays.
+        prior: Real prior rows, if you have some: a ``ReplayBuffer``, a tensor of token rows, a dataloader of batches
+            such as the model is trained on, or a datamodule, whose ``train_dataloader`` is used. A loader is read once
+            at the start of the fit and kept in memory at 4 bytes a token. Each row is drawn once before any is drawn
+            again. From a stream, which has no length, pass a part: ``list(itertools.islice(stream, 100))``.
         prior_share: Share of the replay rows that are real, in (0, 1], exact in the long run; the others are the
             buffer's. With 1, nothing is sampled.
-        buffer: The replay buffer. By default ``SelfGeneratedReplay`` makes one; for replay of
-            rows of your own, make one and ``ReplayBuffer.add`` them. Or a folder of rows that
-            ``lightning-replay generate`` wrote, or ``ReplayShards`` of it: they are read as they
-            are needed, each is used once (or ``uses_per_sample`` times), and nothing is sampled.
-        padding_side: Where rows are padded to a common length; by default as the wrapped datamodule's ``tokenizer``
-            does, else on the right.
+        buffer: A ``ReplayBuffer`` of your own, to which you ``add`` rows or which ``SelfGeneratedReplay`` fills; by
+            default the callback has its own. Or a folder of rows that ``lightning-replay generate`` wrote, or
+            ``ReplayShards`` of it: rows are read when they are needed, each is used once (or ``uses_per_sample``
+            times), and nothing is sampled.
+        padding_side: The side on which rows are padded to a common length; by default that of the wrapped datamodule's
+            ``tokenizer``, else the right.
         pad_token_id: The token to pad with; by default the wrapped datamodule's ``tokenizer.pad_token_id``, else 0.
-        save_buffer: Whether checkpoints hold the buffer's rows, at 4 bytes a token and what is cached of them. Without
-            them, a resumed run samples anew, so it goes on well, but not bit for bit as if it had not stopped.
+        save_buffer: Whether checkpoints hold the rows of a ``ReplayBuffer`` of your own, at 4 bytes a token and 6 a
+            cached log-probability. Without them, a resumed run draws from the rows that the buffer holds then.
         to_batch: For batches of other kinds: a function of the batch of new rows and the ``ReplayRows``
             (on the CPU) that returns the mixed batch.
 
@@ -76,7 +84,7 @@ class ReplayDataModule(pl.LightningDataModule):
         TypeError: If ``data`` is neither a datamodule nor iterable, or another argument is of a wrong type; in the
             fit, if ``to_batch`` returns something else than a batch.
         ValueError: If ``replay_fraction`` is outside [0, 1) or ``prior_share`` outside (0, 1], ``mode`` or
-            ``padding_side`` is unknown, ``prior`` has no length, or a folder of rows is not whole; at the start of the
+            ``padding_side`` is unknown, ``prior`` has no length, or a folder of rows is incomplete; at the start of the
             fit, if ``prior`` holds no row.
         FileNotFoundError: If ``buffer`` is a folder without rows.
 
@@ -150,6 +158,7 @@ class ReplayDataModule(pl.LightningDataModule):
         own_padding = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
         self.pad_token_id: int = own_padding or 0
         self._given_prior = prior
+        self._ignore_index: int | None = None
         self._mixed_rows: MixedRows | None = None
         self._attached: RowSource | None = None
         self._show_as_wrapped()
@@ -297,7 +306,7 @@ class ReplayDataModule(pl.LightningDataModule):
         self.wrapped.load_state_dict(state_dict["wrapped"])
 
     def mixed(self, batch: Any) -> Any:
-        """A batch of new rows with the replay rows that are due; called for each training batch."""
+        """A batch of new rows with the replay rows that go with it; called for each training batch."""
         joins = self.feed.joins_batch and self.to_batch is None
         kept = self.feed.next(batch, row_count if joins else rows_in)
         if kept is not None:
@@ -307,7 +316,16 @@ class ReplayDataModule(pl.LightningDataModule):
             return batch
         if self.to_batch is not None:
             return _checked_mix(self.to_batch(batch, own), batch)
-        return join_rows(batch, own, padding_side=self.padding_side, pad_token_id=self.pad_token_id)
+        # A batch without padding does not show the label of padding; an earlier one may have.
+        found = find_ignore_index(batch)
+        self._ignore_index = self._ignore_index if found is None else found
+        return join_rows(
+            batch,
+            own,
+            padding_side=self.padding_side,
+            pad_token_id=self.pad_token_id,
+            ignore_index=self._ignore_index,
+        )
 
     def _connect(self) -> None:
         """Let the feed draw from the attached source, or else from the datamodule's own, and from real prior rows."""
@@ -336,8 +354,8 @@ class ReplayDataModule(pl.LightningDataModule):
 
     def _show_as_wrapped(self) -> None:
         """Take over the hooks, hyper-parameters and switches of the wrapped datamodule."""
-        # An attribute of the instance counts as an override for Lightning, so exactly the hooks that the wrapped
-        # datamodule has are seen, and the module keeps its own where the wrapped datamodule has none.
+        # An attribute of the instance counts as an override for Lightning, so it sees exactly the hooks that the
+        # wrapped datamodule has, and the module keeps its own if the wrapped datamodule has none.
         for name in (*_LOADERS, *_HOOKS):
             if is_overridden(name, self.wrapped):
                 setattr(self, name, getattr(self.wrapped, name))
@@ -351,7 +369,7 @@ class ReplayDataModule(pl.LightningDataModule):
 
 
 def _checked_mix(mixed: Any, batch: Any) -> Any:
-    """What `to_batch` returned, if `training_step` can take it where it takes the batch of new rows."""
+    """The result of `to_batch`, if it is a batch of the kind that `training_step` takes."""
     kinds: Any = next((kind for kind in (Mapping, (tuple, list), Tensor) if isinstance(batch, kind)), type(batch))
     if not isinstance(mixed, kinds):
         raise TypeError(

@@ -16,11 +16,11 @@ __all__ = ["BufferRows", "MixedRows", "RowSource", "ShardRows"]
 
 
 class RowSource(ABC):
-    """Gives replay rows. Every rank draws the same rows; which of them are its own is decided afterwards."""
+    """A source of replay rows. All ranks draw the same rows; each then takes its part of them."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no row to draw and none will be made; batches then stay as they are."""
+        """Whether there are no rows to draw and never will be; batches then stay unchanged."""
         return False
 
     @abstractmethod

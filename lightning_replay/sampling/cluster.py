@@ -16,10 +16,9 @@ __all__ = ["Ray", "on_ray"]
 
 @dataclass(frozen=True)
 class Ray:
-    """Generates on a Ray cluster: actors of Ray Data, each with a model of its own.
+    """Generate on a Ray cluster, with actors of Ray Data that each hold a model.
 
-    A shard whose actor is lost is made by another. On CUDA each actor takes a GPU, else the CPUs that it has threads
-    for.
+    If an actor is lost, another makes its shard. On CUDA each actor takes a GPU, else as many CPUs as it has threads.
 
     Args:
         actors: How many actors.
@@ -39,7 +38,7 @@ class Ray:
 
 
 class _ShardActor:
-    """Makes shards in a process of its own."""
+    """Makes shards in a worker process."""
 
     def __init__(
         self, recipe: Recipe, folder: str, settings: dict[str, Any], batch_size: int | None, threads: int
@@ -97,7 +96,7 @@ def on_ray(
     if not ray.is_initialized():
         ray.init(address=cluster.address, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # A block for each shard, so that a shard is reported as soon as it is made. Ray Data starts lost actors anew.
+    # A block for each shard, so that each shard is reported as soon as it is made. Ray Data restarts lost actors.
     shards = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     made = shards.map_batches(
         _ShardActor,

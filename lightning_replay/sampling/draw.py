@@ -17,7 +17,7 @@ from lightning_replay.utilities.validation import is_number, is_whole
 __all__ = ["sample_rows", "start_token", "stop_tokens", "truncation"]
 
 _LOOK_EVERY = 16
-"""Positions after which it is looked whether every sample has stopped; looking waits for the device."""
+"""How often to check whether all samples have ended, in positions; each check synchronizes the device."""
 
 
 def sample_rows(
@@ -40,10 +40,10 @@ def sample_rows(
 ) -> Samples:
     """Continue prompts with tokens drawn from the model's distribution, by default exactly and to the full length.
 
-    All random numbers are drawn first, on the CPU, so a sample depends on the generator's state and its place alone,
-    whatever the device and the batch size. A model that keeps what it has read is called on one token at a time; any
-    other on the whole prefix, which costs ``length`` / 2 times as much. Prompts of different lengths are read token
-    by token where others are drawn already, so nothing is padded on the left.
+    All random numbers are drawn first, on the CPU, so a sample depends only on the generator's state and its place,
+    not on the device or the batch size. A model with a cache is called with one token at a time, any other with the
+    whole prefix, which costs ``length`` / 2 times as much. The longer prompts are read token by token while shorter
+    ones are already being continued, so nothing is padded on the left.
 
     Args:
         model: The model to sample, in evaluation mode.
@@ -51,7 +51,7 @@ def sample_rows(
         length: Tokens in a sample at most, the prompt included.
         generator: The source of randomness, on the CPU. The global random state is not touched.
         temperature: Divides the logits; 1 leaves the distribution as it is.
-        top_k: Draw from the likeliest ``top_k`` tokens alone.
+        top_k: Draw from the likeliest ``top_k`` tokens only.
         top_p: Draw from the likeliest tokens that together reach this probability, after ``top_k``.
         min_p: Draw from tokens that reach this share of the likeliest one's probability, after ``top_p``.
         stop: Tokens, or sequences of tokens, that end a sample when it has drawn them. By default none does (as in
@@ -61,8 +61,8 @@ def sample_rows(
             second turn.
         turn_end: How many tokens of ``reply`` a sample has to draw: 1 if the first is a special token, which ordinary
             text never contains; all of them if they are ordinary text.
-        part: Which of the samples to draw, where several processes share the work; all of them by default.
-        batch_size: Samples decoded at a time; all at once by default. Halved where memory runs out.
+        part: Which of the samples to draw, if several processes share the work; all of them by default.
+        batch_size: Samples decoded at a time; all at once by default. Halved if memory runs out.
         shrunk: Called with each smaller batch size.
         progress: Called with the number of tokens drawn since it was last called.
 
@@ -72,7 +72,7 @@ def sample_rows(
     Raises:
         ValueError: If a prompt is empty or as long as ``length``, or a number is out of its range.
         FloatingPointError: If the model gives NaN or infinite logits.
-        MemoryError: If memory doesn't do for a single sample.
+        MemoryError: If even one sample does not fit in memory.
     """
     starts = [[int(token) for token in prompt] for prompt in prompts]
     shortest, longest = min(map(len, starts)), max(map(len, starts))
@@ -81,7 +81,7 @@ def sample_rows(
     if reply and not is_whole(turn_end, 1, len(reply)):
         raise ValueError(f"`turn_end` is 1 to {len(reply)}, the tokens of `reply`; got {turn_end!r}.")
     warp = truncation(temperature, top_k, top_p, min_p)
-    # -1 stands where a token is to be drawn.
+    # -1 marks the places where a token is drawn.
     given = torch.tensor([start + [-1] * (length - len(start)) for start in starts])
     uniforms = torch.rand(len(starts), length - shortest, generator=generator, dtype=torch.float64)
     given, uniforms = given[part], uniforms[part]
@@ -134,7 +134,7 @@ def _special_tokens(name: str, tokenizer: Any, model: LanguageModel) -> list[int
 
 
 def truncation(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Any:
-    """What turns logits into those to draw from; None where that is nothing.
+    """The function that truncates logits before tokens are drawn; None if there is nothing to do.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -225,7 +225,7 @@ def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
-    """The first place in each row whose cumulative sum exceeds the number wanted; never one that adds nothing."""
+    """The first place in each row whose cumulative sum exceeds the number; never one with a probability of 0."""
     total = cumulative[:, -1:]
     # Rounding may bring what is wanted up to the total, past which there is no place.
     place = torch.searchsorted(cumulative, wanted.minimum(total.nextafter(torch.zeros_like(total))), right=True)

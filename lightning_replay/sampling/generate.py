@@ -55,10 +55,10 @@ def generate_rows(
 ) -> Generated:
     """Write rows that a model generates to a folder of Parquet shards with a manifest.
 
-    A row depends on its place and on all arguments before ``engine``: each shard has random numbers of its own. So
+    A row depends on its place and on all arguments before ``engine``, since each shard has its own random numbers. So
     either engine and any number of actors write the same files, on one kind of device with one number of threads.
-    Another number of threads or another ``batch_size`` adds up in another order, which may change a token whose draw
-    falls within rounding of the border between two. Shards that are there from an earlier call with the same arguments
+    Another number of threads or another ``batch_size`` sums in another order, which can change a token whose random
+    number falls within rounding of the border between two tokens. Shards from an earlier call with the same arguments
     are kept.
 
     Args:
@@ -129,7 +129,7 @@ def generate_rows(
 
 
 def _begun(folder: Path, settings: dict[str, Any], recipe: Recipe) -> Manifest:
-    """The folder's manifest, with the shards that are whole; a new one where there is none.
+    """The folder's manifest, with the shards that are complete; a new one if there is none.
 
     Raises:
         ValueError: If what is there was made with other settings.

@@ -49,9 +49,9 @@ def find_prompts(given: PromptsLike | None, model: LanguageModel, tokenizer: Any
     Texts begin with the start token, as documents in ``TextDataModule`` do.
 
     Args:
-        given: ``"chat"``, texts, token ids, or None for the start token alone.
+        given: ``"chat"``, texts, token ids, or None for only the start token.
         model: The model to sample.
-        tokenizer: Its tokenizer; None where there is none.
+        tokenizer: Its tokenizer; None if there is none.
 
     Raises:
         MisconfigurationException: If the tokenizer that is needed, its chat template or a start token is missing.
@@ -104,7 +104,7 @@ def _chat(tokenizer: Any) -> Prompts:
 
 
 def _answer_end(tokenizer: Any) -> list[int]:
-    """What the template puts after an answer, up to the user's next words; empty if that is white space alone."""
+    """What the template puts after an answer, up to the user's next words; empty if that is only white space."""
     turns = [("user", _USER_TURN), ("assistant", _ANSWER), ("user", _NEXT_TURN)]
     messages = [{"role": role, "content": content} for role, content in turns]
     try:

@@ -30,7 +30,7 @@ __all__ = ["RowGenerator"]
 _MANY, _FEW = 8, 0.05
 """Tokens that can't be equal by chance, and the share of samples of equal ones that is no cause for worry."""
 _ROUNDS = 10
-"""How often samples are drawn anew where filters drop too many."""
+"""How often more samples are drawn if filters drop too many."""
 
 
 class RowGenerator:
@@ -44,9 +44,9 @@ class RowGenerator:
         refills: How often rows were generated.
         samples_drawn: Samples so far, dropped ones included.
         rows: Rows so far.
-        seconds: Wall-clock time spent so far; whoever calls adds to it.
+        seconds: Wall-clock time spent so far; the caller adds to it.
         dropped: How many samples each filter has dropped so far.
-        batch_size: Samples decoded at a time; None as long as that has not been found out.
+        batch_size: Samples decoded at a time; None before it is known.
     """
 
     def __init__(self, sampling: Sampling, batch_size: int | None = None) -> None:
@@ -89,7 +89,7 @@ class RowGenerator:
         if self.sampling.stops_at_eos and not self._stop:
             raise MisconfigurationException(
                 "`stop_at_eos=True` needs to know the end token, but neither a tokenizer nor the configuration of "
-                f"{type(model.module).__name__} tells it. Pass a `tokenizer` that has one."
+                f"{type(model.module).__name__} has one. Pass a `tokenizer` that has one."
             )
         check_tokens(self._prompts.max_token, "Prompts hold", model)
 
@@ -141,9 +141,9 @@ class RowGenerator:
     ) -> tuple[ReplayRows, dict[str, float]]:
         """Make rows.
 
-        Several processes draw a part of the samples each and make the same rows of all of them. They are those of a
-        single process, except for a sampler of the user's own: that gets the prompts of its process and a generator
-        of its own in each.
+        Each rank draws a part of the samples, and all ranks make the same rows of all samples. The rows are those that
+        a single process would make, except with a sampler of the user's own: each rank calls it with a part of the
+        prompts and with its own generator.
 
         Args:
             model: The model to sample, in evaluation mode, without gradients.
@@ -177,7 +177,7 @@ class RowGenerator:
             number = min(missing, 4 * -(-goal // piece))
             new = self._sample(model, number, piece, seed, generator, progress, processes)
             drawn = new if drawn is None else _joined([drawn, new])
-            # A filter may fail or waver in a single process, and all have to go on with the same samples.
+            # A filter may fail or differ on a single rank, and all ranks have to continue with the same samples.
             kept, dropped = processes.first(processes.together(partial(self._filter, drawn)))
         assert drawn is not None
         self.dropped.update(dropped)  # `+=` would forget filters that have dropped nothing
@@ -297,7 +297,7 @@ class RowGenerator:
         return len(samples.tokens) * piece if self.sampling.is_chat else int(samples.lengths.sum())
 
     def _rows(self, samples: Samples, length: int) -> ReplayRows:
-        """Samples as rows: cut where they are longer, packed one after another where they end by themselves."""
+        """Samples as rows: cut if they are longer, packed one after another if they end by themselves."""
         real = torch.arange(samples.tokens.shape[1]) < samples.lengths.unsqueeze(1)
         targets = samples.drawn
         if self.sampling.targets == "answer":
@@ -340,7 +340,7 @@ class RowGenerator:
 
 
 def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:
-    """What a sampler of the user's own returned; where that is no more than tokens, all after the prompts are drawn."""
+    """Checked samples of the user's own sampler. If it returned only tokens, all after the prompts count as drawn."""
     tokens = given.tokens if isinstance(given, Samples) else given
     if not isinstance(tokens, Tensor) or tokens.shape != (len(prompts), length) or tokens.is_floating_point():
         what = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
@@ -352,7 +352,7 @@ def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Sa
         for name, shape in {"lengths": tokens.shape[:1], "drawn": tokens.shape}.items():
             part = getattr(given, name)
             if not isinstance(part, Tensor) or part.shape != shape:
-                raise TypeError(f"`sampler` returned Samples whose `{name}` have not the shape {tuple(shape)}.")
+                raise TypeError(f"`sampler` returned Samples whose `{name}` do not have the shape {tuple(shape)}.")
         return given
     starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)

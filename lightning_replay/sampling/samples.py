@@ -19,9 +19,9 @@ class Samples(NamedTuple):
         lengths: Real tokens in each, shape ``(samples,)``.
         drawn: True on tokens that the model drew, False on what it was given and on padding; the tokens' shape.
         log_probs: Log-probability of each drawn token under the model as it is (temperature 1, nothing
-            truncated), in nats, 0 elsewhere; the tokens' shape. None where the sampler doesn't tell.
-        replies: Where in each sample the reply begins, shape ``(samples,)``: ``length`` where it never does. None
-            without a reply.
+            truncated), in nats, 0 elsewhere; the tokens' shape. None if the sampler does not provide it.
+        replies: The position at which each sample's reply begins, shape ``(samples,)``; ``length`` if it never does.
+            None without a reply.
     """
 
     tokens: Tensor

@@ -38,8 +38,8 @@ class Sampling:
             answer only.
         filters: Which samples to keep; see ``lightning_replay.filters``.
         sampler: A function to sample with instead of ``sample_rows``; see ``lightning_replay.sampling.Sampler``. It
-            handles temperature, truncation and end tokens itself. With several processes, each calls it with prompts
-            and a generator of its own.
+            handles temperature, truncation and end tokens itself. With several processes, each calls it with a part of
+            the prompts and with its own generator.
 
     Raises:
         ValueError: If a value is out of its range, or has no effect beside another.

@@ -66,7 +66,7 @@ class Recipe:
         return -(-self.rows // self.shard_rows)
 
     def here(self) -> "Recipe":
-        """The same with the device that ``"auto"`` stands for in this process."""
+        """The same recipe, with ``device="auto"`` resolved for this process."""
         if self.device != "auto":
             return self
         return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -117,11 +117,11 @@ class ShardMaker:
         }
 
     def make(self, number: int, folder: Path, progress: Callable[[int], Any]) -> ShardFile:
-        """Make a shard and write it; it depends on the settings and its number alone.
+        """Make a shard and write it; it depends only on the settings and its number.
 
         Args:
             number: Which one.
-            folder: Where to.
+            folder: Where the shard goes.
             progress: Called with the number of tokens drawn since it was last called.
         """
         recipe = self.recipe
@@ -158,7 +158,7 @@ def _described(function: Any) -> str:
 
 
 def _tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer; None where it has none."""
+    """The model's tokenizer; None if it has none."""
     try:
         return AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError):
