@@ -67,10 +67,12 @@ def test_keys_and_values_stay_where_they_are_written(tiny_llama: Make) -> None:
         decoder = Decoder(model, 10)
         for end in range(1, 10):
             decoder.next_logits(tokens[:, :end])
-            assert isinstance(decoder._state, DynamicCache)
-            places.append([layer.keys.data_ptr() for layer in decoder._state.layers])
+            assert decoder._reader is not None
+            state = decoder._reader.state
+            assert isinstance(state, DynamicCache)
+            places.append([layer.keys.data_ptr() for layer in state.layers])
     assert places == [places[0]] * 9
-    assert [layer.keys.shape[-2] for layer in decoder._state.layers] == [9, 9]
+    assert [layer.keys.shape[-2] for layer in state.layers] == [9, 9]
 
 
 class _Forgetful(LlamaForCausalLM):  # type: ignore[misc]
