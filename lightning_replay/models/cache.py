@@ -46,8 +46,11 @@ class CachedReader:
             tokens: The rows so far, shape ``(rows, tokens)``; what an earlier call has read is not read again.
 
         Raises:
+            IndexError: If the rows have grown past ``length``.
             TypeError: If the model returns no state or no logits.
         """
+        if tokens.shape[1] > self._length:
+            raise IndexError(f"A reader of rows of {self._length} tokens was given rows of {tokens.shape[1]}.")
         unread, self._read = tokens[:, self._read :], tokens.shape[1]
         given = {} if self._argument is None else {self._argument: self.state}
         output = self._forward(unread, use_cache=True, **given)
@@ -94,7 +97,10 @@ def _preallocated(state: Any, more: int) -> Any:
 
 
 class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of an attention layer, with memory for a known number of tokens after those it holds."""
+    """Keys and values of an attention layer, with memory for a known number of tokens after those it holds.
+
+    Past that it gets as much again. A slice past the end would be cut, and a write to it lost in a broadcast.
+    """
 
     keys: Tensor
     values: Tensor
@@ -109,9 +115,8 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
-        room = self._memory[0].shape[-2]
-        if end > room:  # a slice would be cut there, and the write lost in a broadcast
-            raise IndexError(f"Keys and values have memory for {room} tokens; token {end} was to be written.")
+        if end > self._memory[0].shape[-2]:  # a model may write more than one place for a token
+            self._memory = [self._with_room(part, end) for part in (self.keys, self.values)]
         for memory, states in zip(self._memory, (key_states, value_states), strict=True):
             memory[..., start:end, :] = states
         self.keys, self.values = (memory[..., :end, :] for memory in self._memory)

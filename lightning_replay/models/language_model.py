@@ -209,7 +209,7 @@ def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageMo
     inner = uncompiled(module)
     if next(inner.parameters(), None) is None:
         raise MisconfigurationException(
-            f"{where}, a {type(inner).__name__}, holds no parameters, so it is no language model to be trained. Say where "
+            f"{where}, a {type(inner).__name__}, holds no parameters, so there is nothing in it to train. Say where "
             "the model is with the argument `language_model`, as in `language_model='model.gpt'`."
         )
     context = _context(inner)
@@ -227,8 +227,8 @@ def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageMo
         found = try_out(inner, bare.logits, vocabulary, tokens, other)
         if found.looks_ahead:
             raise MisconfigurationException(
-                f"{where}, a {type(inner).__name__}, is no causal language model: another token at one position "
-                f"changes its logits at earlier ones by {found.leak:.1e}; rounding explains {found.rounding:.1e}. "
+                f"{where}, a {type(inner).__name__}, is no causal language model: tokens after a position change its "
+                f"logits there by {max(found.leak, found.left_out):.1e}; rounding explains {found.rounding:.1e}. "
                 "Replay samples from the distribution of the next token given those before, which it doesn't compute. "
                 "Use a causal model; some families have a setting for it, such as `is_decoder=True` of BERT's."
             )

@@ -24,8 +24,10 @@ __all__ = ["ROWS", "Findings", "cost_without_cache", "find_vocabulary", "probe_t
 ROWS = 4
 """Rows that a cache is tried on: two whose first read is one token, two whose first read is `_PROMPT` tokens."""
 _PROMPT = 3
-_JITTER = {torch.float32: 16.0, torch.float64: 16.0}
-"""How far a layer's output is moved to measure rounding, in units of the type's ``eps``; 0.5 in shorter types."""
+_JITTER = 16.0
+"""How far a layer's output is moved to measure rounding, in ``eps`` of 32-bit floats."""
+_SHORT_JITTER = 0.5
+"""The same for 16-bit floats, in their ``eps``."""
 _SHARE_OF_MEMORY = 1 / 8
 """A right cache is off by less than this share of what one earlier token changes."""
 _READ_ANEW = 128
@@ -37,37 +39,44 @@ class Findings:
     """What was found out about a model, as distances between logits (see `try_out`).
 
     Attributes:
-        rounding: What rounding may change in them.
+        rounding: What rounding may change in rows of the same shape.
+        rounding_alone: The same in tokens that are read alone, one at a time.
         memory: What another token at one earlier position changes in them.
         leak: What another token at one later position changes in them; 0 for a causal model.
+        left_out: What leaving out all later tokens changes in them; rounding alone for a causal model.
         off: By how much they are off if read token by token with the model's cache; None if it has none that can be
             tried.
         failure: What it raised on the way.
     """
 
     rounding: float
+    rounding_alone: float
     memory: float
     leak: float
+    left_out: float
     off: float | None = None
     failure: str | None = None
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether logits depend on tokens after their position by more than rounding explains."""
-        return self.leak > self.rounding
+        """Whether logits depend on tokens after their position by more than rounding explains.
+
+        Rows of the same shape are rounded alike, so for them the bound is strict. Rows of another length are not.
+        """
+        return self.leak > self.rounding or self.left_out > max(self.rounding, self.memory * _SHARE_OF_MEMORY)
 
     @property
     def cache_works(self) -> bool:
         """Whether the cache is right, as far as can be told."""
-        return self.off is not None and self.off <= self.rounding and self.off < self.memory * _SHARE_OF_MEMORY
+        return self.off is not None and self.off <= self.rounding_alone and self.off < self.memory * _SHARE_OF_MEMORY
 
     @property
     def why_no_cache(self) -> str | None:
         """Why a cache that the model has is not used; None if it has none, or if it is used."""
         if self.off is None or self.cache_works:
             return self.failure
-        figures = f"its logits are off by {self.off:.1e}, of which rounding explains {self.rounding:.1e}"
-        but = "; one earlier token changes " + ("only " if self.off <= self.rounding else "")
+        figures = f"its logits are off by {self.off:.1e}, of which rounding explains {self.rounding_alone:.1e}"
+        but = "; one earlier token changes " + ("only " if self.off <= self.rounding_alone else "")
         return f"{figures}{but}{self.memory:.1e}"
 
 
@@ -139,10 +148,10 @@ def try_out(
     if rounding drowns what the model has read, nothing can be told. Rounding is measured, not assumed: it grows with
     depth and with the size of activations. Two measures are taken, and the larger one counts.
 
-    - Each layer's output is moved up or down at random by 16 ``eps`` of its type and the logits compared, as in Monte
-      Carlo arithmetic (Parker 1997). A 32-bit dot product of n terms is off by about ``sqrt(n) * eps / 2``, which is
-      16 ``eps`` at n = 1024. 16-bit types are summed in 32 bits and rounded once, by ``eps / 2``.
-    - The same tokens in other shapes: one row alone, half of the length, one token. Twice the largest difference
+    - Each layer's output is moved up or down at random by 16 ``eps`` and the logits compared, as in Monte Carlo
+      arithmetic (Parker 1997). A 32-bit dot product of n terms is off by about ``sqrt(n) * eps / 2``, which is 16
+      ``eps`` at n = 1024. 16-bit types are summed in 32 bits and rounded once, by ``eps / 2``.
+    - The same tokens in other shapes: one row alone and, for the cache, one token alone. Twice the larger difference
       counts. It covers what the first doesn't know of, such as one kernel in TF32 and another in full precision.
 
     Measured so, a right cache of Llama models with 2 and 30 layers, widths of 16 to 256 and initial weights of 0.02 to
@@ -167,10 +176,11 @@ def try_out(
     def run() -> Findings:
         logits, place = ask(tokens), tokens.shape[1] // 2
         changed = _distance(ask(other), logits)
-        memory, leak = _typical(changed[:, place + 1 :]), _typical(changed[:, :place])
-        rounding = _rounding(module, ask, tokens, logits)
+        left_out = _distance(ask(tokens[:, :place]), logits[:, :place]) if place else changed[:, :0]
+        rounding, rounding_alone = _rounding(module, ask, tokens, logits)
+        leak, memory = _typical(changed[:, :place]), _typical(changed[:, place + 1 :])
         off = _typical(_distance(_token_by_token(module, vocabulary, tokens), logits)) if has_state else None
-        return Findings(rounding, memory, leak, off, failure)
+        return Findings(rounding, rounding_alone, memory, leak, _typical(left_out), off, failure)
 
     if can_widen(module):
         try:
@@ -197,13 +207,16 @@ def _token_by_token(module: nn.Module, vocabulary: int, tokens: Tensor) -> Tenso
     return torch.cat(parts)
 
 
-def _rounding(module: nn.Module, ask: Callable[[Tensor], Tensor], tokens: Tensor, logits: Tensor) -> float:
-    """How far logits may be off by rounding alone; see `try_out`."""
+def _rounding(
+    module: nn.Module, ask: Callable[[Tensor], Tensor], tokens: Tensor, logits: Tensor
+) -> tuple[float, float]:
+    """How far logits may be off by rounding, in rows of the same shape and in tokens read alone; see `try_out`."""
     with _jittered(module):
         jitter = _typical(_distance(ask(tokens), logits))
-    shapes = (tokens[:1], tokens[:, : max(1, tokens.shape[1] // 2)], tokens[:, :1], tokens[:1, :1])
-    others = [_distance(ask(part), logits[: part.shape[0], : part.shape[1]]).median() for part in shapes]
-    return max(jitter, 2 * max(float(each) for each in others))
+    row = _distance(ask(tokens[:1]), logits[:1]).median()
+    alone = _distance(ask(tokens[:1, :1]), logits[:1, :1])
+    rounding = max(jitter, 2 * float(row))
+    return rounding, max(rounding, 2 * float(alone))
 
 
 def cost_without_cache(
@@ -239,7 +252,8 @@ def _jittered(module: nn.Module) -> Iterator[None]:
         if output.device not in generators:
             generators[output.device] = torch.Generator(output.device).manual_seed(0)
         bits = torch.randint(2, output.shape, generator=generators[output.device], device=output.device)
-        step = _JITTER.get(output.dtype, 0.5) * torch.finfo(output.dtype).eps
+        eps, single = torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps
+        step = _SHORT_JITTER * eps if eps > single else _JITTER * single  # families compute parts of 64 bits in 32
         return output + output * (step * (2 * bits - 1)).to(output.dtype)
 
     layers = [part for part in module.modules() if not list(part.children()) and list(part.parameters())]
