@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from typing_extensions import override
 
-from lightning_replay.models.calls import find_logits, find_state, state_argument
+from lightning_replay.models.calls import find_logits, find_state, state_argument, virtual_tokens
 
 __all__ = ["CachedReader", "bytes_of_row"]
 
@@ -32,7 +32,7 @@ class CachedReader:
         state: Any = None,
     ) -> None:
         self._module = module
-        self._forward = module if forward is None else forward
+        self._forward: Callable[..., Any] = module if forward is None else forward
         self._vocabulary = vocabulary
         self._length = length
         self._argument = None if state is None else state_argument(module)
@@ -60,6 +60,9 @@ class CachedReader:
         if self._argument is None:
             self._argument = found[0]
             self.state = _preallocated(found[1], self._length - self._read)
+            if virtual_tokens(self._module):  # the state holds them: PEFT would put them before the next tokens again
+                adapted: Any = self._module
+                self._forward = adapted.get_base_model()
         else:
             self.state = found[1]
         return find_logits(output, self._vocabulary)

@@ -18,6 +18,7 @@ __all__ = [
     "may_take_state",
     "state_argument",
     "uncompiled",
+    "virtual_tokens",
 ]
 
 _STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
@@ -46,6 +47,12 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a PEFT model, whose adapters can be switched off."""
     return hasattr(module, "disable_adapter") and hasattr(module, "get_base_model")
+
+
+def virtual_tokens(module: nn.Module) -> int:
+    """How many virtual tokens PEFT's prefix or prompt tuning puts before each row; 0 without."""
+    adapter = getattr(module, "active_peft_config", None) if is_adapted(module) else None
+    return int(getattr(adapter, "num_virtual_tokens", 0) or 0) if getattr(adapter, "is_prompt_learning", False) else 0
 
 
 def find_logits(output: Any, vocabulary: int | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_replay.models.calls import (
     is_adapted,
     state_argument,
     uncompiled,
+    virtual_tokens,
 )
 from lightning_replay.models.probe import ROWS, cost_without_cache, find_vocabulary, probe_tokens, shown, try_out
 
@@ -199,10 +200,7 @@ def _context(module: nn.Module) -> int | None:
     holders = (config, getattr(config, "text_config", None))
     found = [getattr(holder, name, None) for holder in holders for name in _CONTEXT_NAMES]
     context = next((int(value) for value in found if isinstance(value, int) and value > 0), None)
-    adapter = getattr(module, "active_peft_config", None) if is_adapted(module) else None
-    if context is not None and getattr(adapter, "is_prompt_learning", False):
-        return max(1, context - int(getattr(adapter, "num_virtual_tokens", 0)))  # they stand before each row
-    return context
+    return None if context is None else max(1, context - virtual_tokens(module))
 
 
 def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:

@@ -254,7 +254,7 @@ def _jittered(module: nn.Module) -> Iterator[None]:
         bits = torch.randint(2, output.shape, generator=generators[output.device], device=output.device)
         eps, single = torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps
         step = _SHORT_JITTER * eps if eps > single else _JITTER * single  # families compute parts of 64 bits in 32
-        return output + output * (step * (2 * bits - 1)).to(output.dtype)
+        return output + output * (2 * bits - 1).to(output.dtype) * step
 
     layers = [part for part in module.modules() if not list(part.children()) and list(part.parameters())]
     handles = [layer.register_forward_hook(move) for layer in layers]
@@ -286,5 +286,6 @@ def _typical(distances: Tensor) -> float:
 
 
 def shown(error: Exception) -> str:
-    """An error's name, with its message if it has one."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """An error's name, with its message if it has one, to stand inside a sentence."""
+    message = str(error).rstrip(". \n")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from lightning_replay.models.cache import CachedReader, bytes_of_row
-from lightning_replay.models.calls import state_argument
+from lightning_replay.models.calls import state_argument, virtual_tokens
 from lightning_replay.models.language_model import LanguageModel
 
 __all__ = ["Decoder", "rows_at_a_time"]
@@ -82,7 +82,8 @@ def rows_at_a_time(model: LanguageModel, length: int) -> int:
 
 def _static(model: LanguageModel, length: int) -> StaticCache:
     """Keys and values of a fixed size, yet to be filled."""
-    if not model.has_cache or state_argument(model.module) not in ("cache", "past_key_values"):
+    takes_keys = state_argument(model.module) in ("cache", "past_key_values")
+    if not model.has_cache or not takes_keys or virtual_tokens(model.module):
         raise MisconfigurationException(
             "`compile_sampling=True` decodes a Hugging Face model with keys and values of a fixed size, which "
             f"{type(model.module).__name__} doesn't take. Leave it out."
