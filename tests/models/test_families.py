@@ -125,8 +125,9 @@ SOME_FAMILIES = [
 SOME_FAMILIES += ["mpt", "olmo2", "opt", "openai-gpt", "phi3", "rwkv", "xglm", "xlnet"]
 MANY = 120
 """Causal families of transformers that the one tiny configuration makes, at least."""
-SLOW = {"falcon_h1", "nemotron_h"}
-"""A row of 14 tokens takes them a second, padded to chunks of 256."""
+LEFT_OUT = {"falcon_h1", "nemotron_h", "dory", "prophetnet"}
+"""A row of 14 tokens takes the first two a second, padded to chunks of 256; the third needs more layers than two, and
+the last one's logits, with these weights, depend on nothing that it reads."""
 
 
 def looks_ahead(module: nn.Module) -> bool:
@@ -212,7 +213,7 @@ def test_what_holds_of_every_causal_family(column: str) -> None:
         except Exception:  # sizes of its own, or a package that isn't there
             continue
         made += 1
-        if family in SLOW:
+        if family in LEFT_OUT:
             continue
         try:
             COLUMNS[column](module)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -100,7 +101,7 @@ def test_a_right_cache_is_never_refused(layers: int, spread: float, dtype: torch
 def test_a_wrong_cache_is_never_used(kind: str, layers: int, spread: float, dtype: torch.dtype) -> None:
     module = llama(layers, spread, kind=_Wrong).to(dtype)
     module.spoil, module.offset = WRONG[kind]
-    with pytest.warns(UserWarning, match=r"cache of _Wrong is not used.*rounding explains.* ms for 64 tokens"):
+    with pytest.warns(UserWarning, match=r"cache of _Wrong is not used.*rounding explains.* ms for 32 tokens"):
         assert not of(module).has_cache
 
 
@@ -260,6 +261,14 @@ def test_logits_of_the_last_position_alone_are_refused_with_a_remedy_that_works(
         of(LastOnly())
     assert "language_model=" not in str(told.value)
     assert of(HandWritten()).vocabulary == VOCABULARY
+
+
+def test_positions_that_are_no_tokens_are_refused_with_a_remedy_that_works() -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(MisconfigurationException, match=r"\(4, 15, 32\).*use prefix tuning or LoRA"):
+        of(get_peft_model(llama(), prompts))
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert of(get_peft_model(llama(), prefix)).has_cache
 
 
 def test_a_module_without_parameters_and_an_error_without_a_message_are_named() -> None:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from lightning_replay import sample_rows
+from lightning_replay.models.cache import _preallocated
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.sampling.decoder import Decoder, rows_at_a_time
 from tests.helpers.families import FAMILIES
@@ -112,6 +114,18 @@ def test_samples_of_a_prefix_tuned_model_have_the_plain_forward_s_log_probabilit
         plain = model.logits(samples.tokens)[:, :-1].log_softmax(-1).gather(2, samples.tokens[:, 1:, None]).squeeze(2)
     assert samples.log_probs is not None
     torch.testing.assert_close(samples.log_probs[:, 1:], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [0, 1, 4, 9])
+def test_no_write_of_keys_and_values_is_lost_however_many_places_a_token_takes(more: int) -> None:
+    parts = [torch.randn(2, 1, places, 4, dtype=torch.float32) for places in (2, 1, 3, 2)]
+    plain = DynamicCache()
+    plain.update(parts[0], -parts[0], 0)
+    ours = _preallocated(copy.deepcopy(plain), more)
+    assert type(ours.layers[0]) is not type(plain.layers[0])
+    for part in parts[1:]:
+        for mine, expected in zip(ours.update(part, -part, 0), plain.update(part, -part, 0), strict=True):
+            assert torch.equal(mine, expected)
 
 
 def test_a_row_that_outgrows_its_reader_is_an_error(tiny_llama: Make) -> None:
