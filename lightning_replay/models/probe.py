@@ -155,7 +155,7 @@ def try_out(
       counts. It covers what the first doesn't know of, such as one kernel in TF32 and another in full precision.
 
     Measured so, a right cache of Llama models with 2 and 30 layers, widths of 16 to 256 and initial weights of 0.02 to
-    0.5 is off by 0.02 to 0.13 of the bound in 32 bits (SmolLM2-135M: 0.06), and wrong ones by 90 times the bound or
+    0.5 is off by 0.02 to 0.13 of the bound in 32 bits (SmolLM2-135M: 0.13), and wrong ones by 90 times the bound or
     more (SmolLM2-135M: above 1000). 16 bits can't tell a cache with one stale layer from rounding (in SmolLM2-135M it
     is off by 2.6 times as much as a right one), so a 16-bit model is tried in 32 bits if that is possible.
 
