@@ -596,7 +596,11 @@ def ones(rows: int, length: int) -> Tensor:
             TypeError,
             r"`lengths` do not have the shape \(2,\)",
         ),
-        ({"sampling": Sampling(sampler=sampled(ones, drawn=None))}, TypeError, r"`drawn` do not have the shape \(2, 24\)"),
+        (
+            {"sampling": Sampling(sampler=sampled(ones, drawn=None))},
+            TypeError,
+            r"`drawn` do not have the shape \(2, 24\)",
+        ),
         ({"sampling": Sampling(filters=[lambda samples: None])}, TypeError, "The filter 'lambda' returned None"),
         (
             {"sampling": Sampling(filters=[lambda samples: samples.tokens])},

@@ -148,7 +148,7 @@ def joint_forward(model: LanguageModel, tokens: Tensor, ignore_index: int = -100
 
 
 class ObservedForward:
-    """What the model was asked and what it answered.
+    """The arguments and the logits of a model's call.
 
     Attributes:
         logits: The logits of the first call that gradients flow through, with their graph; None as long as there was
@@ -157,6 +157,7 @@ class ObservedForward:
 
     def __init__(self, model: LanguageModel) -> None:
         self.logits: Tensor | None = None
+        self._model = model
         self._names = argument_names(model.module)
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
@@ -164,7 +165,7 @@ class ObservedForward:
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: keep arguments and logits."""
         if self.logits is None and torch.is_grad_enabled():
-            self.logits, self._args, self._kwargs = find_logits(output), args, kwargs
+            self.logits, self._args, self._kwargs = self._model.logits_in(output), args, kwargs
 
     def argument(self, *names: str) -> Tensor | None:
         """The first of these arguments of the call that is a tensor of the logits' rows and positions."""
@@ -177,15 +178,15 @@ class ObservedForward:
         return None
 
     def ask(self, model: LanguageModel) -> Tensor:
-        """What another model says to the same call, where the first model's logits are."""
+        """The logits of another model for the same call, on the device of the first model's."""
         assert self.logits is not None
         args, kwargs = apply_to_collection((self._args, self._kwargs), Tensor, lambda value: value.to(model.device))
-        return find_logits(model.module(*args, **kwargs)).to(self.logits.device)
+        return model.logits_in(model.module(*args, **kwargs)).to(self.logits.device)
 
 
 @contextmanager
 def observed_forward(model: LanguageModel) -> Iterator[ObservedForward]:
-    """Keep what the model is asked and answers, in its next call that gradients flow through."""
+    """Keep arguments and logits of the model's next call that gradients flow through."""
     record = ObservedForward(model)
     handle = model.module.register_forward_hook(record.observe, with_kwargs=True)
     try:

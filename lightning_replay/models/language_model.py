@@ -1,25 +1,46 @@
-"""The causal language model inside a LightningModule: where it is, how to call it, what it says."""
+"""The causal language model inside a LightningModule: where it is and how to call it."""
 
 import hashlib
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["LanguageModel", "evaluating", "find_language_model", "weights_hash"]
+from lightning_replay.models.calls import (
+    argument_names,
+    evaluating,
+    find_logits,
+    is_adapted,
+    state_argument,
+    uncompiled,
+    virtual_tokens,
+)
+from lightning_replay.models.probe import ROWS, cost_without_cache, find_vocabulary, probe_tokens, shown, try_out
 
-_STATE_NAMES = ("cache", "past_key_values", "cache_params", "state")
-_PROBE = 4
-"""Tokens in each of the two rows that a model is tried on."""
+__all__ = [
+    "LanguageModel",
+    "argument_names",
+    "check_tokens",
+    "evaluating",
+    "find_language_model",
+    "find_logits",
+    "is_adapted",
+    "state_argument",
+    "weights_hash",
+]
+
+_LENGTH, _SHORT = 12, 4
+"""Tokens in each row that a model is tried on: a Hugging Face model, and any other whose context isn't known."""
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "context_length")
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said what sampling without a cache costs."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,7 @@ class LanguageModel:
     Args:
         module: The module. Called with tokens of shape ``(rows, length)`` in the first place it returns logits of shape
             ``(rows, length, vocabulary)``: as they are, as ``output.logits``, under the key ``"logits"``,
-            or as a tuple's first tensor of that shape.
+            or in a tuple, as the tensor of that shape.
         vocabulary: Size of the last dimension of its logits.
         context: The longest row that it takes, where its configuration tells.
         has_cache: Whether it keeps what it has read between calls, the Hugging Face way: keys and values, or the
@@ -44,7 +65,8 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next(self.module.parameters()).device
+        weights = [*self.module.parameters(), *self.module.buffers()]
+        return weights[0].device if weights else torch.device("cpu")
 
     def on(self, module: nn.Module) -> "LanguageModel":
         """The same description of another module with the same call, such as a copy."""
@@ -53,7 +75,15 @@ class LanguageModel:
     @property
     def uncompiled(self) -> "LanguageModel":
         """The same model as it was before `torch.compile`, for calls of shapes that should not be compiled for."""
-        return self.on(getattr(self.module, "_orig_mod", self.module))
+        return self.on(uncompiled(self.module))
+
+    def logits_in(self, output: Any) -> Tensor:
+        """The logits in what the module returned.
+
+        Raises:
+            TypeError: If there are none.
+        """
+        return find_logits(output, self.vocabulary)
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits of every position.
@@ -68,20 +98,7 @@ class LanguageModel:
         options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         if self.has_cache:
             options["use_cache"] = False
-        return find_logits(self.module(tokens.to(self.device), **options)).to(tokens.device)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every submodule gets its own mode back."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
+        return self.logits_in(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
 
 def find_language_model(pl_module: pl.LightningModule, path: str | None) -> LanguageModel:
@@ -89,7 +106,9 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
 
     Without a path, that is its outermost Hugging Face or PEFT model (the one that trains, where there are
     several), else the one child that holds all its parameters, else the LightningModule itself.
-    It is tried on a few tokens, in evaluation mode, to see that it gives logits and keeps what it has read.
+    It is tried on a few tokens, in evaluation mode: whether it returns logits of every position, whether they depend on
+    earlier tokens alone, and whether it goes on rightly from what it has read. If its cache is wrong, a warning tells
+    what sampling without one costs.
 
     Args:
         pl_module: The user's module.
@@ -97,7 +116,7 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
             LightningModule itself.
 
     Raises:
-        MisconfigurationException: If the path leads nowhere, or no logits are found.
+        MisconfigurationException: If the path leads nowhere, no logits are found, or they depend on later tokens.
     """
     if path is None:
         module, path = _guess(pl_module)
@@ -110,38 +129,6 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
                 f"Its children are {[name for name, _ in pl_module.named_children()]}."
             ) from error
     return _describe(module, f"{type(pl_module).__name__}.{path}".rstrip("."), pl_module.device)
-
-
-def find_logits(output: Any) -> Tensor:
-    """The logits in what a language model returned, shape ``(rows, positions, vocabulary)``.
-
-    Raises:
-        TypeError: If there are none.
-    """
-    candidates: list[Any] = [output, getattr(output, "logits", None)]
-    if isinstance(output, Mapping):
-        candidates.append(output.get("logits"))
-    elif isinstance(output, (tuple, list)):
-        candidates.extend(output)
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.dim() == 3 and candidate.is_floating_point():
-            return candidate
-    raise TypeError(f"no logits of shape (rows, positions, vocabulary) in a {type(output).__name__}")
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """The names of the arguments that a module's ``forward`` takes, in order."""
-    compiled_from = getattr(module, "_orig_mod", module)
-    parameters = inspect.signature(compiled_from.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
-def state_argument(module: nn.Module) -> str | None:
-    """The argument in which a Hugging Face model takes what it has read, and the field in which it gives it back."""
-    module = getattr(module, "_orig_mod", module)
-    base: Any = module
-    names = argument_names(base.get_base_model() if is_adapted(module) else module)
-    return next((name for name in _STATE_NAMES if name in names), None) if "use_cache" in names else None
 
 
 def _guess(pl_module: pl.LightningModule) -> tuple[nn.Module, str]:
@@ -171,15 +158,10 @@ def _outermost_pretrained(pl_module: pl.LightningModule) -> dict[str, nn.Module]
     found: dict[str, nn.Module] = {}
     for name, module in pl_module.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
-        wrapped = getattr(module, "_orig_mod", module)
+        wrapped = uncompiled(module)
         if not inside_another and (isinstance(wrapped, PreTrainedModel) or is_adapted(wrapped)):
             found[name] = module
     return found
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a PEFT model, whose adapters can be switched off."""
-    return hasattr(module, "disable_adapter") and hasattr(module, "get_base_model")
 
 
 def weights_hash(module: nn.Module, adapter: bool = True) -> str:
@@ -194,7 +176,7 @@ def weights_hash(module: nn.Module, adapter: bool = True) -> str:
         >>> weights_hash(layer) == weights_hash(layer.float())
         True
     """
-    base: Any = getattr(module, "_orig_mod", module)
+    base: Any = uncompiled(module)
     adapter_prefix = "\0"
     if is_adapted(base):
         adapter_prefix = getattr(base.base_model, "prefix", adapter_prefix)
@@ -212,43 +194,76 @@ def weights_hash(module: nn.Module, adapter: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:
+def _context(module: nn.Module) -> int | None:
+    """The longest row that a model takes, if its configuration tells; numbers such as -1 stand for unknown."""
     config = getattr(module, "config", None)
-    context = next((int(v) for n in _CONTEXT_NAMES if (v := getattr(config, n, None)) is not None), None)
-    bare = LanguageModel(module, vocabulary=0, context=context, has_cache=False).uncompiled
-    with evaluating(module):
+    holders = (config, getattr(config, "text_config", None))
+    found = [getattr(holder, name, None) for holder in holders for name in _CONTEXT_NAMES]
+    context = next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+    return None if context is None else max(1, context - virtual_tokens(module))
+
+
+def _describe(module: nn.Module, where: str, device: torch.device) -> LanguageModel:
+    inner = uncompiled(module)
+    if next(inner.parameters(), None) is None:
+        raise MisconfigurationException(
+            f"{where}, a {type(inner).__name__}, holds no parameters, so there is nothing in it to train. Say where "
+            "the model is with the argument `language_model`, as in `language_model='model.gpt'`."
+        )
+    context = _context(inner)
+    length = min(_LENGTH if isinstance(inner, PreTrainedModel) or is_adapted(inner) else _SHORT, context or _LENGTH)
+    # Eagerly: nothing is compiled for these shapes, and no hook of a trial stays in what is compiled.
+    with evaluating(module), torch.compiler.set_stance("force_eager"), torch.autocast(device.type, enabled=False):
         try:
-            vocabulary = bare.logits(torch.zeros(1, 2, dtype=torch.int64, device=device)).shape[2]
-            tokens = torch.arange(2 * _PROBE, device=device).view(2, -1) % vocabulary
+            vocabulary = find_vocabulary(inner, device)
+            bare = LanguageModel(inner, vocabulary, context, has_cache=False)
+            tokens, other = probe_tokens(getattr(inner, "config", None), vocabulary, ROWS, length, device)
             logits = bare.logits(tokens)
         except Exception as error:  # whatever the user's forward raises is the reason to show
-            raise _no_logits(where, f"called with a few tokens it raised {type(error).__name__}: {error}") from error
-        if logits.shape[:2] != tokens.shape:
-            raise _no_logits(
-                where,
-                f"called with tokens of shape {tuple(tokens.shape)} it gave logits of shape {tuple(logits.shape)}",
+            raise _no_logits(where, f"called with a few tokens it raised {shown(error)}") from error
+        _check_shape(where, logits, tokens)
+        found = try_out(inner, bare.logits, vocabulary, tokens, other)
+        if found.looks_ahead:
+            raise MisconfigurationException(
+                f"{where}, a {type(inner).__name__}, is no causal language model: tokens after a position change its "
+                f"logits there by {max(found.leak, found.left_out):.1e}; rounding explains {found.rounding:.1e}. "
+                "Replay samples from the distribution of the next token given those before, which it doesn't compute. "
+                "Use a causal model; some families have a setting for it, such as `is_decoder=True` of BERT's."
             )
-        return LanguageModel(module, vocabulary, context, has_cache=_goes_on(bare.module, tokens, logits))
+        if found.why_no_cache is not None:
+            _warn_of_cost(bare, tokens, found.why_no_cache)
+    return LanguageModel(module, vocabulary, context, has_cache=found.cache_works)
 
 
-def _goes_on(module: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
-    """Whether a model says the same of tokens one by one, given what it kept of those before, as of all at once.
+def _check_shape(where: str, logits: Tensor, tokens: Tensor) -> None:
+    (rows, length), shape = tokens.shape, tuple(logits.shape)
+    if logits.shape[:2] == tokens.shape:
+        return
+    reason = f"called with tokens of shape {(rows, length)} it returned logits of shape {shape}"
+    if logits.shape[:2] == (rows, 1):
+        raise MisconfigurationException(
+            f"{where} can't be used for replay: {reason}, those of the last position alone. Have its `forward` return "
+            "the logits of every position when it is called with tokens alone (in nanoGPT: "
+            "`logits = self.lm_head(x)` in place of `self.lm_head(x[:, [-1], :])`)."
+        )
+    if logits.shape[0] == rows and logits.shape[1] > length:
+        raise MisconfigurationException(
+            f"{where} can't be used for replay: {reason}. Have its `forward` return the logits of the given tokens "
+            "alone; instead of PEFT's prompt tuning, which adds positions, use prefix tuning or LoRA."
+        )
+    raise _no_logits(where, reason)
 
-    A promise in a signature is not enough: states come in many forms, and a wrong one would spoil samples silently.
-    """
-    name = state_argument(module)
-    if name is None:
-        return False
-    said: list[Tensor] = []
-    state: Any = None
-    for token in tokens.split(1, dim=1):  # type: ignore[no-untyped-call]
-        output = module(token, use_cache=True) if state is None else module(token, use_cache=True, **{name: state})
-        state = getattr(output, name, None)
-        said.append(find_logits(output))
-        if state is None or said[-1].shape != logits[:, :1].shape:
-            return False
-    tolerance = 64 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    return bool((torch.cat(said, 1) - logits).abs().max() <= tolerance)
+
+def _warn_of_cost(model: LanguageModel, tokens: Tensor, reason: str) -> None:
+    if model.module in _WARNED:
+        return
+    _WARNED.add(model.module)
+    length, whole, single = cost_without_cache(model.logits, tokens, model.context)
+    rank_zero_warn(
+        f"The cache of {type(model.module).__name__} is not used, since token by token {reason}. Samples are right "
+        f"without it, but each of their tokens takes a forward of all those before it: {whole:.3g} ms for {length} "
+        f"tokens here, where a single token takes {single:.3g} ms."
+    )
 
 
 def _no_logits(where: str, reason: str) -> MisconfigurationException:

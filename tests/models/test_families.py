@@ -1,4 +1,7 @@
-"""Each family of models, from its own package: the same fit, compared with one written by hand."""
+"""Each family of models, from its own package: the same fit, compared with one written by hand.
+
+And every causal family of the installed transformers that a tiny configuration makes, in columns of what must hold.
+"""
 
 import copy
 from collections.abc import Callable
@@ -6,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_replay import ReplayDataModule, Sampling, SelfGeneratedReplay, sample_rows
+from lightning_replay.models.calls import find_state
 from lightning_replay.models.language_model import evaluating, find_language_model
+from lightning_replay.sampling.decoder import Decoder
 from tests.helpers.by_hand import kl_by_hand, weights
-from tests.helpers.families import FAMILIES, litgpt
+from tests.helpers.families import CAUSAL_FAMILIES, FAMILIES, litgpt, tiny_causal
 from tests.helpers.modules import (
     DrawnRows,
     PlainDescent,
@@ -102,3 +108,116 @@ def test_samples_are_those_of_a_plain_loop_over_the_whole_prefix(family: str, ti
     assert len(tokens[:, 3:].unique()) > 8
     assert ours.log_probs is not None
     torch.testing.assert_close(ours.log_probs[:, 3:], log_probs.float(), atol=1e-4, rtol=1e-4)
+
+
+ROWS = torch.randint(3, 48, (3, 14), generator=torch.Generator().manual_seed(0))
+SOME_FAMILIES = [
+    "bert-generation",
+    "bloom",
+    "falcon",
+    "gemma2",
+    "gpt_neox",
+    "granitemoe",
+    "mamba",
+    "minimax",
+    "mixtral",
+]
+SOME_FAMILIES += ["mpt", "olmo2", "opt", "openai-gpt", "phi3", "rwkv", "xglm", "xlnet"]
+MANY = 120
+"""Causal families of transformers that the one tiny configuration makes, at least."""
+LEFT_OUT = {"falcon_h1", "nemotron_h", "dory", "prophetnet"}
+"""A row of 14 tokens takes the first two a second, padded to chunks of 256; the third needs more layers than two, and
+the last one's logits, with these weights, depend on nothing that it reads."""
+
+
+def looks_ahead(module: nn.Module) -> bool:
+    """Whether earlier logits are others if the last tokens are left out or changed, by hand."""
+    changed = torch.cat([ROWS[:, :8], 50 - ROWS[:, 8:]], 1)
+    whole, others = logits(module, ROWS), (logits(module, ROWS[:, :8]), logits(module, changed)[:, :8])
+    scale = (whole[:, 8:] - logits(module, changed)[:, 8:]).std()
+    return any(bool((whole[:, :8] - other).std() > 1e-3 * scale) for other in others)
+
+
+def goes_on(module: Any) -> bool:
+    """Whether a loop over single tokens with the model's own cache gives the logits of whole rows, by hand."""
+    for prompt in (1, 3):
+        parts, whole = [], logits(module, ROWS)
+        try:
+            state: dict[str, Any] = {}
+            for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ROWS.shape[1]))]:
+                output = module(ROWS[:, start:end], use_cache=True, **state)
+                found = find_state(module, output)
+                if found is None or output.logits.shape[1] != end - start:
+                    return False
+                state = dict([found])
+                parts.append(output.logits)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        if not (torch.cat(parts, 1) - whole).std() < 1e-3 * whole.std():
+            return False
+    return True
+
+
+def the_verdict_is_that_of_a_loop_by_hand(module: nn.Module) -> None:
+    with torch.no_grad():
+        ahead, right = looks_ahead(module), goes_on(module)
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = UserModule(copy.deepcopy(module).to(dtype))
+        if ahead:
+            with pytest.raises(MisconfigurationException, match="is no causal language model"):
+                find_language_model(narrow, None)
+        else:
+            assert find_language_model(narrow, None).has_cache == right, f"in {dtype}"
+
+
+def samples_are_read_as_the_plain_forward_reads_them(module: Any) -> None:
+    try:
+        model = find_language_model(UserModule(module), None)
+    except MisconfigurationException:
+        return  # it looks ahead, says the other column
+    with evaluating(module):
+        for prompt in (1, 3):
+            decoder = Decoder(model, ROWS.shape[1] + 1)
+            # A model without a cache is asked for prefixes: rows of other lengths.
+            read = [decoder.next_logits(ROWS[:, :end]) for end in range(prompt, ROWS.shape[1] + 1)]
+            plain = logits(module, ROWS)[:, prompt - 1 :]
+            skipped = int(
+                module.config.model_type == "rwkv"
+            )  # reads one token alone as something else, without a cache
+            ours, theirs = torch.stack(read, 1).log_softmax(-1)[:, skipped:], plain.log_softmax(-1)[:, skipped:]
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+COLUMNS: dict[str, Callable[[nn.Module], None]] = {
+    "samples": samples_are_read_as_the_plain_forward_reads_them,
+    "verdict": the_verdict_is_that_of_a_loop_by_hand,
+}
+"""What must hold of a tiny model of every family."""
+
+
+@pytest.mark.filterwarnings("ignore:The cache of")
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_what_holds_of_some_causal_families(family: str, column: str) -> None:
+    COLUMNS[column](tiny_causal(family))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("column", COLUMNS)
+def test_what_holds_of_every_causal_family(column: str) -> None:
+    wrong, made = {}, 0
+    for family in CAUSAL_FAMILIES:
+        try:
+            module = tiny_causal(family)
+        except Exception:  # sizes of its own, or a package that isn't there
+            continue
+        made += 1
+        if family in LEFT_OUT:
+            continue
+        try:
+            COLUMNS[column](module)
+        except Exception as error:
+            wrong[family] = str(error)
+    assert not wrong
+    assert made >= MANY

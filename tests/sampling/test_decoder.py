@@ -1,15 +1,17 @@
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     LlamaForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
 
+from lightning_replay.models.cache import _preallocated
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.sampling.decoder import Decoder, rows_at_a_time
 from tests.helpers.families import FAMILIES
@@ -65,10 +67,74 @@ def test_keys_and_values_stay_where_they_are_written(tiny_llama: Make) -> None:
         decoder = Decoder(model, 10)
         for end in range(1, 10):
             decoder.next_logits(tokens[:, :end])
-            assert isinstance(decoder._state, DynamicCache)
-            places.append([layer.keys.data_ptr() for layer in decoder._state.layers])
+            assert decoder._reader is not None
+            state = decoder._reader.state
+            assert isinstance(state, DynamicCache)
+            places.append([layer.keys.data_ptr() for layer in state.layers])
     assert places == [places[0]] * 9
-    assert [layer.keys.shape[-2] for layer in decoder._state.layers] == [9, 9]
+    assert [layer.keys.shape[-2] for layer in state.layers] == [9, 9]
+
+
+def prefixed(tiny_llama: Make, virtual: int = 6) -> Any:
+    """With a prefix of keys and values that were trained a little."""
+    module = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual))
+    for name, parameter in module.named_parameters():
+        if "prompt_encoder" in name:
+            nn.init.normal_(parameter, std=1.0)
+    return module
+
+
+@pytest.mark.parametrize("prompt", [1, 3])
+@pytest.mark.parametrize("virtual", [1, 6])
+def test_a_prefix_that_stands_before_each_row_has_its_place_in_memory(
+    tiny_llama: Make, virtual: int, prompt: int
+) -> None:
+    module = prefixed(tiny_llama, virtual)
+    model = of(module)
+    assert (model.has_cache, model.context) == (True, 32 - virtual)
+    tokens = torch.randint(3, VOCABULARY, (5, 16))
+    with evaluating(module):
+        expected = model.logits(tokens)[:, prompt - 1 :]
+        decoder = Decoder(model, 16)
+        read = torch.stack([decoder.next_logits(tokens[:, :end]) for end in range(prompt, 17)], 1)
+        assert rows_at_a_time(model, 16) == 256
+    torch.testing.assert_close(read, expected, atol=1e-5, rtol=1e-5)
+    bare = module.get_base_model()
+    with evaluating(module):
+        assert float((bare(tokens).logits[:, prompt - 1 :] - expected).abs().max()) > 1e-3
+
+
+def test_samples_of_a_prefix_tuned_model_have_the_plain_forward_s_log_probabilities(tiny_llama: Make) -> None:
+    module = prefixed(tiny_llama)
+    model = of(module)
+    with evaluating(module):
+        samples = sample_rows(model, [[1]] * 8, 16, torch.Generator().manual_seed(0))
+        plain = model.logits(samples.tokens)[:, :-1].log_softmax(-1).gather(2, samples.tokens[:, 1:, None]).squeeze(2)
+    assert samples.log_probs is not None
+    torch.testing.assert_close(samples.log_probs[:, 1:], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [0, 1, 4, 9])
+def test_no_write_of_keys_and_values_is_lost_however_many_places_a_token_takes(more: int) -> None:
+    parts = [torch.randn(2, 1, places, 4, dtype=torch.float32) for places in (2, 1, 3, 2)]
+    plain = DynamicCache()
+    plain.update(parts[0], -parts[0], 0)
+    ours = _preallocated(copy.deepcopy(plain), more)
+    assert type(ours.layers[0]) is not type(plain.layers[0])
+    for part in parts[1:]:
+        for mine, expected in zip(ours.update(part, -part, 0), plain.update(part, -part, 0), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_a_row_that_outgrows_its_reader_is_an_error(tiny_llama: Make) -> None:
+    model = of(tiny_llama())
+    tokens = torch.randint(3, VOCABULARY, (2, 9))
+    with evaluating(model.module):
+        decoder = Decoder(model, 8)
+        for end in range(1, 9):
+            decoder.next_logits(tokens[:, :end])
+        with pytest.raises(IndexError, match="rows of 8 tokens was given rows of 9"):
+            decoder.next_logits(tokens)
 
 
 class _Forgetful(LlamaForCausalLM):  # type: ignore[misc]
@@ -102,3 +168,8 @@ def test_rows_decoded_together_fit_the_memory_that_is_meant_for_them(
         assert rows_at_a_time(model, 20) == 5
         monkeypatch.setattr("lightning_replay.sampling.decoder._MEMORY", {"share": 0.125, "cpu": 1})
         assert rows_at_a_time(model, 20) == 1
+    prefix = of(prefixed(tiny_llama))
+    with evaluating(prefix.module):
+        bytes_of_row = 2 * 2 * 16 * 4 * (6 + 20) + 16 * VOCABULARY
+        monkeypatch.setattr("lightning_replay.sampling.decoder._MEMORY", {"share": 0.125, "cpu": 5 * bytes_of_row + 1})
+        assert rows_at_a_time(prefix, 20) == 5
