@@ -599,7 +599,7 @@ def ones(rows: int, length: int) -> Tensor:
         (
             {"sampling": Sampling(sampler=sampled(ones, drawn=None))},
             TypeError,
-            r"`drawn` do not have the shape \(2, 24\)",
+            r"`drawn` do not have the shape \(2, 24",
         ),
         ({"sampling": Sampling(filters=[lambda samples: None])}, TypeError, "The filter 'lambda' returned None"),
         (

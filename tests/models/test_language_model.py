@@ -6,7 +6,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lightning_replay.models.hooks import joint_forward
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model
 from tests.helpers.modules import VOCABULARY, HandWritten, UserModule
 
@@ -83,57 +82,3 @@ def test_evaluating_gives_every_submodule_its_mode_back() -> None:
     assert model.training
     assert model.head.training
     assert not model.block.training
-
-
-@pytest.mark.parametrize("length", [8, 5, 11])
-def test_rows_travel_with_the_forward_and_nobody_sees_them(tiny_llama: Make, length: int) -> None:
-    model = of(tiny_llama().train())
-    rows = torch.randint(3, VOCABULARY, (2, length))
-    alone = model.module(input_ids=TOKENS, labels=TOKENS)
-    expected = model.module(input_ids=rows).logits
-    with joint_forward(model, rows) as joint:
-        seen = model.module(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), labels=TOKENS)
-    assert joint.logits is not None
-    torch.testing.assert_close(joint.logits, expected)
-    assert seen.logits.shape == alone.logits.shape
-    torch.testing.assert_close(seen.logits, alone.logits)
-    torch.testing.assert_close(seen.loss, alone.loss)
-
-
-def test_gradients_of_a_joint_forward_are_those_of_two(tiny_llama: Make) -> None:
-    model = of(tiny_llama())
-    with joint_forward(model, ROWS) as joint:
-        loss = model.module(input_ids=TOKENS, labels=TOKENS).loss
-    assert joint.logits is not None
-    (loss + joint.logits.square().mean()).backward()
-    joined = [parameter.grad for parameter in model.module.parameters()]
-    model.module.zero_grad()
-    model.module(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    model.module(input_ids=ROWS).logits.square().mean().backward()
-    for ours, parameter in zip(joined, model.module.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad)
-
-
-def test_only_the_first_call_with_gradients_carries_rows_and_hooks_go_even_on_errors(tiny_llama: Make) -> None:
-    model = of(tiny_llama())
-    sizes: list[int] = []
-    handle = model.module.model.register_forward_pre_hook(  # type: ignore[union-attr]
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    with pytest.raises(RuntimeError, match="stop"), joint_forward(model, ROWS):
-        with torch.no_grad():
-            model.module(TOKENS)
-        model.module(TOKENS)
-        model.module(TOKENS)
-        raise RuntimeError("stop")
-    model.module(TOKENS)
-    handle.remove()
-    assert sizes == [3, 5, 3, 3]
-    assert not model.module._forward_hooks
-    assert not model.module._forward_pre_hooks
-
-
-def test_an_argument_that_rows_cannot_be_joined_to_is_refused(tiny_llama: Make) -> None:
-    model = of(tiny_llama())
-    with joint_forward(model, ROWS), pytest.raises(TypeError, match="`inputs_embeds`|no such tokens"):
-        model.module(inputs_embeds=torch.zeros(3, 8, 16))

@@ -11,6 +11,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
+from lightning_replay import sample_rows
 from lightning_replay.models.cache import _preallocated
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model
 from lightning_replay.sampling.decoder import Decoder, rows_at_a_time
