@@ -289,7 +289,7 @@ class SampledRows(RowSource):
             made, quality = generator.generate(active, rows, buffer.length, supply.seed, advance, processes)
             if buffer.top_k:  # on each rank by itself: one forward a row costs less than sending its results
                 cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature)
-                made = processes.together(cache)
+                made = processes.run_on_all_ranks(cache)
         return _Made(made, quality, generator, time.perf_counter() - started)
 
     def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
@@ -309,7 +309,7 @@ class SampledRows(RowSource):
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        length = self.length or max(length for (length,) in supply.feed.processes.numbers(row_length(batch)))
+        length = self.length or max(length for (length,) in supply.feed.processes.gather_ints(row_length(batch)))
         self.generator.check_length(length, supply.model)
         top_k = min(self.top_k, supply.model.vocabulary)
         rows = self._refill_rows(supply, batch)
@@ -355,7 +355,7 @@ def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | No
     total = min(batches * epochs, steps)
     if math.isinf(total):
         return None
-    counts = feed.processes.numbers(math.ceil(total), rows_in(batch))
+    counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     return max(1, math.ceil(round(feed.share.replay_rows(new_rows), 6)))
 

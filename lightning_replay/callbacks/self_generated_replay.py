@@ -265,7 +265,7 @@ class SelfGeneratedReplay(Callback):
             self._wrap_step(trainer, pl_module, model, None)
             return
         if self.seed is None:
-            self.seed = self._feed_of_fit.processes.first(torch.initial_seed())
+            self.seed = self._feed_of_fit.processes.broadcast(torch.initial_seed())
         shards = None if self._data is None else self._data.shards
         if shards is None:
             self._begin_sampling(trainer, model)
