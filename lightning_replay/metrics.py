@@ -215,8 +215,8 @@ def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
 def forgetting_measure(matrix: Tensor) -> float:
     """Mean drop on earlier tasks, from the best accuracy before the last task to the end.
 
-    Chaudhry et al. 2018, section 3. At least as high as Avalanche's ``StreamForgetting``, which counts from the accuracy
-    just after a task was learned.
+    Chaudhry et al. 2018, section 3. At least as high as Avalanche's ``StreamForgetting``, which counts from the
+    accuracy just after a task was learned.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.

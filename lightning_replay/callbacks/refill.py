@@ -25,7 +25,14 @@ from lightning_replay.references.cached import cache_reference
 from lightning_replay.references.models import FrozenCopy, ReferenceModel
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.utilities.distributed import LostProcessError
-from lightning_replay.utilities.logging import log_samples, log_values, next_step
+from lightning_replay.utilities.logging import (
+    decoded,
+    known_ids,
+    log_samples,
+    log_values,
+    next_step,
+    undecodable_share,
+)
 from lightning_replay.utilities.progress import refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
@@ -341,10 +348,13 @@ class SampledRows(RowSource):
     def _log(self, supply: Supply, made: _Made) -> None:
         trainer, tokenizer = supply.trainer, supply.tokenizer
         step = next_step(trainer)
-        log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
+        quality, known = dict(made.quality), known_ids(tokenizer)
+        if known is not None:
+            quality["undecodable"] = undecodable_share(made.rows.tokens, made.rows.lengths, known)
+        log_values(trainer, {f"replay/quality/{name}": value for name, value in quality.items()}, step)
         rows = made.rows.take(torch.arange(min(supply.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
-        log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
+        log_samples(trainer, [decoded(sample, tokenizer, known) for sample in samples], step)
 
 
 def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | None:
@@ -358,13 +368,3 @@ def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | No
     counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     return max(1, math.ceil(round(feed.share.replay_rows(new_rows), 6)))
-
-
-def _text(sample: list[int], tokenizer: Any) -> Any:
-    """A sample as text, or as its ids if there is no tokenizer."""
-    if tokenizer is None:
-        return str(sample)
-    try:
-        return tokenizer.decode(sample)
-    except AttributeError:  # LitGPT's takes a tensor
-        return tokenizer.decode(torch.tensor(sample))

@@ -1,4 +1,4 @@
-"""A progress bar for long refills, beside the Trainer's own."""
+"""A progress bar for long refills, next to the Trainer's own."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from tqdm.auto import tqdm
 __all__ = ["refill_bar"]
 
 DELAY = 2.0
-"""Seconds after which a refill is long."""
+"""Seconds after which the bar appears."""
 
 _DESCRIPTION = "Sampling replay rows"
 
 
 @contextmanager
 def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any]]:
-    """A bar for refills of more than ``DELAY`` seconds, where the Trainer shows bars at all.
+    """A progress bar for refills of more than ``DELAY`` seconds, if the Trainer shows progress bars.
 
-    Under ``RichProgressBar`` it is one more task of that bar's display, since rich
-    draws one live display at a time; otherwise it is a bar of tqdm's.
+    Under ``RichProgressBar`` it is a task of that bar's display, since rich draws one live display at a time. Otherwise
+    it is a tqdm bar.
 
     Args:
         trainer: The Trainer.
-        tokens: How many tokens will be sampled.
+        tokens: The number of tokens to sample.
 
     Yields:
         A function to call with the number of tokens sampled since the last call.
