@@ -46,6 +46,11 @@ class LanguageModel:
         """Where its weights are."""
         return next(self.module.parameters()).device
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether it takes the position of each token, as the argument ``position_ids``."""
+        return "position_ids" in _argument_names_of_base(self.module)
+
     def on(self, module: nn.Module) -> "LanguageModel":
         """The same description of another module with the same call, such as a copy."""
         return LanguageModel(module, self.vocabulary, self.context, self.has_cache)
@@ -55,12 +60,16 @@ class LanguageModel:
         """The same model as it was before `torch.compile`, for calls of shapes that should not be compiled for."""
         return self.on(getattr(self.module, "_orig_mod", self.module))
 
-    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Next-token logits of every position.
 
         Args:
             tokens: Token ids, shape ``(rows, length)``, on any device.
             attention_mask: Non-zero on real tokens, the same shape. Left out of the call if None.
+            position_ids: The position of each token, the same shape, for a model that ``takes_positions``. Left out of
+                the call if None.
 
         Returns:
             Shape ``(rows, length, vocabulary)``, in the module's own type, where the tokens are.
@@ -68,6 +77,12 @@ class LanguageModel:
         options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         if self.has_cache:
             options["use_cache"] = False
+        if position_ids is not None:
+            options["position_ids"] = position_ids.to(self.device)
+            if "use_cache" in _argument_names_of_base(
+                self.module
+            ):  # with a cache, Hugging Face models don't keep packed documents apart
+                options["use_cache"] = False
         return find_logits(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
 
@@ -138,10 +153,14 @@ def argument_names(module: nn.Module) -> list[str]:
 
 def state_argument(module: nn.Module) -> str | None:
     """The argument in which a Hugging Face model takes what it has read, and the field in which it gives it back."""
-    module = getattr(module, "_orig_mod", module)
-    base: Any = module
-    names = argument_names(base.get_base_model() if is_adapted(module) else module)
+    names = _argument_names_of_base(module)
     return next((name for name in _STATE_NAMES if name in names), None) if "use_cache" in names else None
+
+
+def _argument_names_of_base(module: nn.Module) -> list[str]:
+    """The names of a model's arguments; those of the wrapped model for a PEFT model, which passes them on."""
+    base: Any = getattr(module, "_orig_mod", module)
+    return argument_names(base.get_base_model() if is_adapted(base) else base)
 
 
 def _guess(pl_module: pl.LightningModule) -> tuple[nn.Module, str]:
