@@ -263,6 +263,7 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows == "new":
             self.reference.get(trainer, model)
             self._wrap_step(trainer, pl_module, model, None)
+            self._follow(trainer, model)
             return
         if self.seed is None:
             self.seed = self._feed_of_fit.processes.broadcast(torch.initial_seed())

@@ -79,9 +79,8 @@ class LanguageModel:
             options["use_cache"] = False
         if position_ids is not None:
             options["position_ids"] = position_ids.to(self.device)
-            if "use_cache" in _argument_names_of_base(
-                self.module
-            ):  # with a cache, Hugging Face models don't keep packed documents apart
+            # With a cache, Hugging Face models don't keep packed documents apart.
+            if "use_cache" in _argument_names_of_base(self.module):
                 options["use_cache"] = False
         return find_logits(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
