@@ -75,18 +75,23 @@ def _in_call(inputs: ModelInputs, observed: ObservedForward) -> Tensor | None:
 
 def _of_call(observed: ObservedForward) -> Tensor | None:
     """The targets that the call's own arguments mark; None if it has neither labels nor a mask."""
-    called, arguments = _tokens(observed), observed.arguments
-    labels, attention = (
-        value
-        if isinstance(value, Tensor) and value.dim() == 2 and (called is None or value.shape == called.shape)
-        else None
-        for value in (arguments.get("labels"), arguments.get("attention_mask"))
-    )
-    if labels is not None:
-        return following(labels)
-    if attention is None:
-        return None
-    return F.pad(attention[:, 1:].long() - 1, (0, 1), value=IGNORED)  # padding counts as ignored
+    called = _tokens(observed)
+    labels, attention = (_beside(called, observed.arguments.get(name)) for name in ("labels", "attention_mask"))
+    if labels is None:
+        if attention is None:
+            return None
+        labels = torch.zeros_like(attention, dtype=torch.int64)
+    targets = following(labels)
+    if attention is not None:
+        padding = attention == 0
+        targets = targets.masked_fill(padding | F.pad(padding[:, 1:], (0, 1)), IGNORED)
+    return targets
+
+
+def _beside(called: Tensor | None, value: Any) -> Tensor | None:
+    """An argument with one value for each token of the call; None if it is none."""
+    fits = isinstance(value, Tensor) and value.dim() == 2 and (called is None or value.shape == called.shape)
+    return value if fits else None
 
 
 def _kept(targets: Tensor, observed: ObservedForward) -> Tensor | None:

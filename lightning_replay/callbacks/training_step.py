@@ -132,6 +132,9 @@ class ReplayStep:
             return output, None
         if observed.logits is None:
             raise _never_called(model)
+        trained = [name for name, value in observed.arguments.items() if getattr(value, "requires_grad", False)]
+        if trained:
+            raise _trained_inputs(model, trained)
         started = time.perf_counter()
         with reference().active() as active:
             reference_logits = observed.ask(active)
@@ -153,6 +156,15 @@ def _never_called(model: LanguageModel) -> MisconfigurationException:
     return MisconfigurationException(
         f"`training_step` never called {type(model.module).__name__}, whose logits `loss='lwf'` needs. Call the "
         "module itself, not its `forward`, or name the module that it calls with `language_model`."
+    )
+
+
+def _trained_inputs(model: LanguageModel, names: list[str]) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`loss='lwf'` calls the reference model with the arguments that `training_step` calls "
+        f"{type(model.module).__name__} with, but {names} are computed with weights that train, so the reference would "
+        "not predict what the model predicted before finetuning. Call the model with token ids, freeze these weights, "
+        "or use a loss on replay rows."
     )
 
 
