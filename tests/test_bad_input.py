@@ -698,7 +698,7 @@ def test_a_trainer_of_the_other_package_is_refused(part: str, tiny_llama: Make) 
     data = (
         {"datamodule": ReplayDataModule(mapping_loader(), 0.2)} if wrapped else {"train_dataloaders": mapping_loader()}
     )
-    message = r"The Trainer \(Trainer\) is made of the `pytorch_lightning` package.*`import lightning as L`"
+    message = r"The Trainer \(Trainer\) is from the `pytorch_lightning` package.*`import lightning as L`"
     unchanged(module, TypeError, message, lambda: trainer.fit(module, **data))
 
 
@@ -707,7 +707,7 @@ def test_a_datamodule_of_the_other_package_is_refused() -> None:
         def train_dataloader(self) -> Any:
             return mapping_loader()
 
-    with pytest.raises(TypeError, match=r"`data` \(TheirData\) is made of the `pytorch_lightning` package"):
+    with pytest.raises(TypeError, match=r"`data` \(TheirData\) is from the `pytorch_lightning` package"):
         ReplayDataModule(TheirData())
 
 

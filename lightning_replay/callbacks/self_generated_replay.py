@@ -268,9 +268,10 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows == "new":
             self.reference.get(trainer, model)
             self._wrap_step(trainer, pl_module, model, None)
+            self._follow(trainer, model)
             return
         if self.seed is None:
-            self.seed = self._feed_of_fit.processes.first(torch.initial_seed())
+            self.seed = self._feed_of_fit.processes.broadcast(torch.initial_seed())
         tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
         fit = Fit(trainer, model, self._feed_of_fit, self._data, tokenizer, self.seed, self.previews)
         self._drawn_from, disconnect = self._supply.connect(fit)

@@ -1,4 +1,4 @@
-"""What replay adds to the loss of the user's `training_step`, without an edit to it."""
+"""Adding the replay loss to what the user's `training_step` returns."""
 
 import functools
 import math
@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.observed_targets import observed_targets
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
-from lightning_replay.data.batches import inputs_and_targets
 from lightning_replay.data.feed import RowFeed
-from lightning_replay.models.hooks import ObservedForward, observed_forward
+from lightning_replay.models.hooks import observed_forward
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.models import ReferenceModel
 from lightning_replay.utilities.validation import is_number
@@ -28,15 +27,15 @@ class ReplayStep:
 
     Args:
         loss: The replay loss.
-        coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step.
-        ignore_index: The label that the user's loss leaves out.
+        coefficient: The factor of the replay loss: a number, or a function of the optimizer step.
+        ignore_index: The label that the user's loss ignores.
 
     Attributes:
-        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None if there
-            was none yet.
-        last_coefficient: What it was multiplied by.
-        seconds: Wall-clock time spent in forwards and losses of replay, as the host measures it: an accelerator may
-            still be at work. The backward is not included.
+        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None before the
+            first.
+        last_coefficient: Its factor.
+        seconds: Wall-clock time of forwards and losses of replay, without the backward. It is measured on the host,
+            without synchronizing the device.
 
     Raises:
         ValueError: If ``coefficient`` is negative or not a number.
@@ -60,12 +59,15 @@ class ReplayStep:
         reference: Callable[[], ReferenceModel],
         feed: RowFeed | None,
     ) -> Callable[[], None]:
-        """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
+        """Replace the module's step by one that adds the replay loss, as an attribute of the instance.
 
         It runs wherever Lightning runs `training_step`: inside DDP's forward, inside autocast, before the loss is
         divided for gradient accumulation. So the replay loss is scaled and synchronized as the user's is. If several
-        ranks average their gradients, each weighs its replay loss by its share of the target tokens, so that all count
-        the same.
+        ranks average their gradients, each weights its replay loss by its share of the target tokens, so that all
+        tokens count the same.
+
+        If the user's step returns nothing that can be trained on (None, or a loss without a graph), its output is
+        returned unchanged, so that Lightning skips the step or raises its own error.
 
         Args:
             trainer: The Trainer.
@@ -75,7 +77,7 @@ class ReplayStep:
             feed: Draws the replay rows; None for a loss on the new rows.
 
         Returns:
-            A function that puts everything back.
+            A function that restores the module's step.
         """
         original, self.last_loss = pl_module.training_step, None
 
@@ -88,7 +90,7 @@ class ReplayStep:
             else:
                 weight = feed.weight
                 output, loss = self._on_replay_rows(model, reference, step, feed.drawn)
-            if output is None or loss is None:  # None is Lightning's way to skip a step
+            if loss is None:
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
             return _with_added_loss(output, self.last_coefficient * weight * loss)
@@ -104,9 +106,9 @@ class ReplayStep:
         step: Callable[[], Any],
         drawn: ReplayRows | None,
     ) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the loss on the rows drawn for it."""
+        """The output of the user's step, and the loss on the rows drawn for it."""
         output = step()
-        if output is None or drawn is None:
+        if not _has_graph(output) or drawn is None:
             return output, None
         started = time.perf_counter()
         rows = drawn.to(model.device)
@@ -123,18 +125,22 @@ class ReplayStep:
     def _on_new_rows(
         self, model: LanguageModel, reference: Callable[[], ReferenceModel], step: Callable[[], Any], batch: Any
     ) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the divergence on the rows of its own batch."""
+        """The output of the user's step, and the divergence on the rows of its own batch."""
         with observed_forward(model) as observed:
             output = step()
-        if output is None:
-            return None, None
+        if not _has_graph(output):
+            return output, None
         if observed.logits is None:
             raise _never_called(model)
+        trained = [name for name, value in observed.arguments.items() if getattr(value, "requires_grad", False)]
+        if trained:
+            raise _trained_inputs(model, trained)
         started = time.perf_counter()
         with reference().active() as active:
             reference_logits = observed.ask(active)
         assert isinstance(self.loss, LwF)
-        loss = self.loss.on_logits(observed.logits, reference_logits, _new_targets(batch, observed, self.ignore_index))
+        mask = observed_targets(batch, observed, model.vocabulary, self.ignore_index)
+        loss = self.loss.on_logits(observed.logits, reference_logits, mask)
         self.seconds += time.perf_counter() - started
         return output, loss
 
@@ -142,42 +148,35 @@ class ReplayStep:
         if not callable(self.coefficient):
             return self.coefficient
         value = self.coefficient(step)
-        _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
+        _check_coefficient(value, f"The value of the schedule `coefficient` at step {step}")
         return float(value)
-
-
-def _new_targets(batch: Any, observed: ObservedForward, ignore_index: int) -> Tensor | None:
-    """True where the next token of a new row is neither padding nor left out of the user's loss; None if unknown.
-
-    The batch knows best; where it is of a kind of its own, the arguments of the model's call may tell.
-    """
-    assert observed.logits is not None
-    rows, positions = observed.logits.shape[:2]
-    targets: Tensor | None
-    try:
-        targets = inputs_and_targets(batch)[2]
-    except TypeError:
-        targets = observed.argument("labels")
-        attention = observed.argument("attention_mask")
-        if targets is None and attention is not None:
-            targets = attention.long() - 1  # padding counts as left out
-        targets = None if targets is None else F.pad(targets[:, 1:], (0, 1), value=-100)
-    if targets is None or len(targets) != rows or targets.shape[1] < positions:
-        return None
-    targets = targets[:, :positions]
-    return (targets >= 0) & (targets != ignore_index)
 
 
 def _never_called(model: LanguageModel) -> MisconfigurationException:
     return MisconfigurationException(
-        f"`training_step` never called {type(model.module).__name__}, whose logits replay needs. Call the "
-        "module itself, not its `forward`, or say with `language_model` which module it does call."
+        f"`training_step` never called {type(model.module).__name__}, whose logits `loss='lwf'` needs. Call the "
+        "module itself, not its `forward`, or name the module that it calls with `language_model`."
+    )
+
+
+def _trained_inputs(model: LanguageModel, names: list[str]) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`loss='lwf'` calls the reference model with the arguments that `training_step` calls "
+        f"{type(model.module).__name__} with, but {names} are computed with weights that train, so the reference would "
+        "not predict what the model predicted before finetuning. Call the model with token ids, freeze these weights, "
+        "or use a loss on replay rows."
     )
 
 
 def _check_coefficient(value: Any, what: str) -> None:
     if not is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
+        raise ValueError(f"{what} is the factor of the replay loss, at least 0 and finite; got {value!r}.")
+
+
+def _has_graph(output: Any) -> bool:
+    """Whether what a step returned is a loss, or a mapping with one, that gradients flow from."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return isinstance(loss, Tensor) and loss.requires_grad
 
 
 def _with_added_loss(output: Any, loss: Tensor) -> Any:
@@ -187,7 +186,7 @@ def _with_added_loss(output: Any, loss: Tensor) -> Any:
 
 
 def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> None:
-    """Give back the step that the instance had of its own, or else that of its class."""
+    """Restore the step that the instance had as an attribute, or else that of its class."""
     del pl_module.training_step
     if of_instance is not None:
         pl_module.training_step = of_instance  # type: ignore[method-assign]

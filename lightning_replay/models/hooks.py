@@ -33,6 +33,12 @@ class ObservedForward:
         if self.logits is None and torch.is_grad_enabled():
             self.logits, self._args, self._kwargs = self._model.logits_in(output), args, kwargs
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the call, by name; positional ones that the signature doesn't name by number."""
+        unnamed = (f"argument {number}" for number in range(len(self._names), len(self._args)))
+        return dict(zip([*self._names[: len(self._args)], *unnamed], self._args, strict=True)) | self._kwargs
+
     def argument(self, *names: str) -> Tensor | None:
         """The first of these arguments of the call that is a tensor of the logits' rows and positions."""
         assert self.logits is not None

@@ -284,8 +284,8 @@ def test_where_a_process_is_lost_the_other_ends_with_an_error(tmp_path: Path, ho
 def test_a_single_process_waits_for_nobody() -> None:
     alone = Processes.of(quiet_trainer())
     assert (alone.rank, alone.size, alone.group) == (0, 1, None)
-    assert alone.numbers(3, 4) == [(3, 4)]
-    assert alone.spread(5, lambda part: list(range(5))[part]) == [[0, 1, 2, 3, 4]]
+    assert alone.gather_ints(3, 4) == [(3, 4)]
+    assert alone.divide(5, lambda part: list(range(5))[part]) == [[0, 1, 2, 3, 4]]
     assert not torch.distributed.is_initialized()
 
 
