@@ -26,6 +26,7 @@ from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.reference import Auto, Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
+from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.validation import check_package, is_whole
 
 __all__ = ["ForgettingMonitor"]
@@ -268,6 +269,7 @@ class ForgettingMonitor(Callback):
         for index, batch in enumerate(self._loaders[name]):
             if index == self.max_batches:
                 break
+            heed_sigterm(trainer)
             if index % processes != rank:
                 continue
             inputs = self._checked(name, batch, model)

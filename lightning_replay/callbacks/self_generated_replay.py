@@ -409,7 +409,7 @@ class SelfGeneratedReplay(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None
     ) -> None:
         reference = functools.partial(self.reference.get, trainer, model)
-        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed))
+        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed, self.seed or 0))
 
     def _seconds_so_far(self) -> tuple[float, float, float]:
         """Of the clock, in sampling, and in the replay loss."""

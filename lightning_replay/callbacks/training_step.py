@@ -17,6 +17,7 @@ from lightning_replay.data.feed import RowFeed
 from lightning_replay.models.hooks import observed_forward
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.models import ReferenceModel
+from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import is_number
 
 __all__ = ["ReplayStep"]
@@ -58,6 +59,7 @@ class ReplayStep:
         model: LanguageModel,
         reference: Callable[[], ReferenceModel],
         feed: RowFeed | None,
+        seed: int,
     ) -> Callable[[], None]:
         """Replace the module's step by one that adds the replay loss, as an attribute of the instance.
 
@@ -75,6 +77,8 @@ class ReplayStep:
             model: The language model in it.
             reference: Returns the reference model.
             feed: Draws the replay rows; None for a loss on the new rows.
+            seed: Seed of what is random in the forward of replay rows, such as dropout. The global random state, and
+                with it the dropout of the user's own forwards, stays as it would be without replay.
 
         Returns:
             A function that restores the module's step.
@@ -89,7 +93,8 @@ class ReplayStep:
                 output, loss = self._on_new_rows(model, reference, step, args[0])
             else:
                 weight = feed.weight
-                output, loss = self._on_replay_rows(model, reference, step, feed.drawn)
+                key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
+                output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key)
             if loss is None:
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
@@ -105,6 +110,7 @@ class ReplayStep:
         reference: Callable[[], ReferenceModel],
         step: Callable[[], Any],
         drawn: ReplayRows | None,
+        key: tuple[int, ...],
     ) -> tuple[Any, Tensor | None]:
         """The output of the user's step, and the loss on the rows drawn for it."""
         output = step()
@@ -118,7 +124,8 @@ class ReplayStep:
             with reference().active() as active:
                 return active.logits(tokens)
 
-        loss = self.loss(model.logits(tokens), rows, reference_logits)
+        with own_randomness(model.device, *key):
+            loss = self.loss(model.logits(tokens), rows, reference_logits)
         self.seconds += time.perf_counter() - started
         return output, loss
 
