@@ -41,7 +41,7 @@ FORGOTTEN_WITHOUT_REPLAY = 4.0
 """Nats a token that the tiny model forgets on the new text, at least: 6.2 with all its weights and with an adapter."""
 
 
-def test_three_lines_keep_what_an_existing_script_forgets(scratch: Path, tmp_path: Path) -> None:
+def test_one_line_keeps_what_an_existing_script_forgets(scratch: Path, tmp_path: Path) -> None:
     kept = printed("existing_trainer.py", scratch, tmp_path)
     lost = printed("existing_trainer.py", scratch, tmp_path, "--replay-fraction=0")
     assert figure("prior loss:", kept) == figure("prior loss:", lost)

@@ -57,7 +57,7 @@ _RUN: dict[str, Callable[..., None]] = {"demo": _demo, "report": _report, "gener
 
 
 def _parser() -> ArgumentParser:
-    """The parser of all commands; LightningCLI has its own for the options of those that train and measure."""
+    """The parser of all commands; LightningCLI parses the options of those that train and measure."""
     parser = ArgumentParser(
         prog="lightning-replay",
         version=__version__,
@@ -75,15 +75,18 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("demo", demo, help="Learn a sequence of small tasks, without and with replay.")
 
     report = ArgumentParser(
-        description="Write a page of what runs have logged: forgetting, new task, time, samples. "
+        description="Write a page of the logs of runs: forgetting, new task, time, samples. "
         "Example: lightning-replay report runs"
     )
     report.add_argument("runs", type=Path, nargs="+", help="Folder with CSV or TensorBoard logs in it.")
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="Folder for the page.")
     report.add_argument(
-        "--new_loss", type=str | None, default=None, help="Key of the new task's loss; val/loss, else train/loss."
+        "--new_loss",
+        type=str | None,
+        default=None,
+        help="Key of the new task's loss; by default val/loss, else train/loss.",
     )
-    commands.add_subcommand("report", report, help="Write a page of what runs have logged.")
+    commands.add_subcommand("report", report, help="Write a page of the logs of runs.")
 
     generate = ArgumentParser(
         description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). If it is "
