@@ -144,7 +144,7 @@ def test_all_parts_of_what_replay_costs_are_measured(scratch: Path, tmp_path: Pa
     figures = json.loads((tmp_path / "runs" / "replay_cost.json").read_text())
     assert all(0 < value < inf for value in numbers(figures))
     assert fits[0] == ["fit", "ms a step", "÷ without replay"]
-    assert len(fits) == 1 + 12
+    assert len(fits) == 1 + 11
     assert [row[:2] for row in fits[1:]] == [
         [name, f"{one['ours'] / 2 * 1000:.0f}"] for name, one in figures["fit"].items()
     ]
