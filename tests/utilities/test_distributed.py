@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 Runs = Callable[[str], tuple[Any, Any, Any]]
 
 
-def start(folder: Path, *names: str, timeout: int = 60) -> list[subprocess.Popen[bytes]]:
+def start(folder: Path, *names: str, timeout: int = 150) -> list[subprocess.Popen[bytes]]:
     """Two processes of one fit, as a cluster would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def run_together(folder: Path, *names: str) -> None:
     processes = start(folder, *names)
     try:
         for rank, process in enumerate(processes):
-            code = process.wait(timeout=150)
+            code = process.wait(timeout=280)
             assert code == 0, (folder / f"output-{rank}").read_text()[-4000:]
     finally:
         for process in processes:
