@@ -355,7 +355,7 @@ class SampledRows(RowSource):
         """How many rows to sample at a time."""
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.fit.trainer, supply.fit.feed, batch)
+        used = _rows_of_the_run(supply.fit, batch)
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
         needed = math.ceil(used / self.uses)
@@ -395,8 +395,9 @@ def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
             heed_sigterm(trainer)
 
 
-def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | None:
-    """How many replay rows the whole fit will draw, on all ranks, if its length is known."""
+def _rows_of_the_run(fit: Fit, batch: Any) -> int | None:
+    """How many sampled rows the whole fit will draw, on all ranks, if its length is known."""
+    trainer, feed = fit.trainer, fit.feed
     batches = float(trainer.num_training_batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
@@ -405,4 +406,5 @@ def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | No
         return None
     counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
-    return max(1, math.ceil(round(feed.share.replay_rows(new_rows), 6)))
+    real = 0.0 if fit.data is None or fit.data.prior is None else fit.data.prior_share
+    return max(1, math.ceil(round(feed.share.replay_rows(new_rows) * (1 - real), 6)))

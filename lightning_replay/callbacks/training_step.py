@@ -29,7 +29,6 @@ class ReplayStep:
     Args:
         loss: The replay loss.
         coefficient: The factor of the replay loss: a number, or a function of the optimizer step.
-        ignore_index: The label that the user's loss ignores.
 
     Attributes:
         last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None before the
@@ -42,12 +41,11 @@ class ReplayStep:
         ValueError: If ``coefficient`` is negative or not a number.
     """
 
-    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float], ignore_index: int) -> None:
+    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float]) -> None:
         if not callable(coefficient):
             _check_coefficient(coefficient, "`coefficient`")
         self.loss = loss
         self.coefficient = coefficient
-        self.ignore_index = ignore_index
         self.last_loss: Tensor | None = None
         self.last_coefficient = 0.0
         self.seconds = 0.0
@@ -60,6 +58,7 @@ class ReplayStep:
         reference: Callable[[], ReferenceModel],
         feed: RowFeed | None,
         seed: int,
+        ignore_index: int,
     ) -> Callable[[], None]:
         """Replace the module's step by one that adds the replay loss, as an attribute of the instance.
 
@@ -79,6 +78,7 @@ class ReplayStep:
             feed: Draws the replay rows; None for a loss on the new rows.
             seed: Seed of what is random in the forward of replay rows, such as dropout. The global random state, and
                 with it the dropout of the user's own forwards, stays as it would be without replay.
+            ignore_index: The label that the user's loss ignores, for a loss on the new rows.
 
         Returns:
             A function that restores the module's step.
@@ -90,7 +90,7 @@ class ReplayStep:
             step = functools.partial(original, *args, **kwargs)
             weight = 1.0
             if feed is None:
-                output, loss = self._on_new_rows(model, reference, step, args[0])
+                output, loss = self._on_new_rows(model, reference, step, args[0], ignore_index)
             else:
                 weight = feed.weight
                 key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
@@ -130,7 +130,12 @@ class ReplayStep:
         return output, loss
 
     def _on_new_rows(
-        self, model: LanguageModel, reference: Callable[[], ReferenceModel], step: Callable[[], Any], batch: Any
+        self,
+        model: LanguageModel,
+        reference: Callable[[], ReferenceModel],
+        step: Callable[[], Any],
+        batch: Any,
+        ignore_index: int,
     ) -> tuple[Any, Tensor | None]:
         """The output of the user's step, and the divergence on the rows of its own batch."""
         with observed_forward(model) as observed:
@@ -146,7 +151,7 @@ class ReplayStep:
         with reference().active() as active:
             reference_logits = observed.ask(active)
         assert isinstance(self.loss, LwF)
-        mask = observed_targets(batch, observed, model.vocabulary, self.ignore_index)
+        mask = observed_targets(batch, observed, model.vocabulary, ignore_index)
         loss = self.loss.on_logits(observed.logits, reference_logits, mask)
         self.seconds += time.perf_counter() - started
         return output, loss
