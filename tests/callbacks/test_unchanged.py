@@ -17,6 +17,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_replay import Sampling, SelfGeneratedReplay
 from tests.helpers.by_hand import weights
@@ -134,9 +135,7 @@ class Patched(LlamaForCausalLM):  # type: ignore[misc]
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         output = super().forward(input_ids, labels=labels, **options)
-        if labels is not None:
-            output.logits = None
-        return output
+        return output if labels is None else CausalLMOutputWithPast(loss=output.loss)
 
 
 def patched(make: Make) -> Patched:
