@@ -222,7 +222,7 @@ class SelfGeneratedReplay(Callback):
                 f"with a ReplayDataModule, and {function} yourself."
             )
         self._data = self._find_data(trainer)
-        if self.loss.rows == "new" or self._feed_of_fit.share.fraction:
+        if self.loss.rows == "new" or self.feed.share.fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
         if self._data is not None:
             # Lightning logs them with the module's. Of two separate records, TensorBoard would show only one.
@@ -247,7 +247,7 @@ class SelfGeneratedReplay(Callback):
         self.reference.begin_training()
         if self._data is None:
             log_hparams(trainer, {"SelfGeneratedReplay": self.hparams})
-        if self.loss.rows != "new" and not self._feed_of_fit.share.fraction:
+        if self.loss.rows != "new" and not self.feed.share.fraction:
             return
         self._model = model = find_language_model(pl_module, self.language_model)
         self._began, self._tokens_before = self._seconds_so_far(), self.rows.tokens_sampled
@@ -257,13 +257,13 @@ class SelfGeneratedReplay(Callback):
             self._follow(trainer, model)
             return
         if self.seed is None:
-            self.seed = self._feed_of_fit.processes.broadcast(torch.initial_seed())
+            self.seed = self.feed.processes.broadcast(torch.initial_seed())
         tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
-        fit = Fit(trainer, model, self._feed_of_fit, self._data, tokenizer, self.seed, self.previews)
+        fit = Fit(trainer, model, self.feed, self._data, tokenizer, self.seed, self.previews)
         self._drawn_from, disconnect = self._supply.connect(fit)
         self._undo.append(disconnect)
         if self.loss.rows == "replay":
-            self._wrap_step(trainer, pl_module, model, self._feed_of_fit)
+            self._wrap_step(trainer, pl_module, model, self.feed)
         self._follow(trainer, model)
 
     @override
@@ -289,7 +289,7 @@ class SelfGeneratedReplay(Callback):
             }
         if self._drawn_from is not None:
             values |= self._drawn_from.measures()
-            drawn = self._feed_of_fit.drawn
+            drawn = self.feed.drawn
             if drawn is not None and drawn.uses is not None and drawn.steps is not None:
                 values["replay/uses"] = float(drawn.uses.double().mean())
                 values["replay/age"] = trainer.global_step - float(drawn.steps.double().mean())
@@ -302,7 +302,7 @@ class SelfGeneratedReplay(Callback):
         total, sampling, loss = (now - then for now, then in zip(self._seconds_so_far(), self._began, strict=True))
         line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
         if self.loss.rows != "new":
-            feed = self._feed_of_fit
+            feed = self.feed
             line += (
                 f", {sampling / total:.1%} into sampling {self.rows.tokens_sampled - self._tokens_before:,} tokens; "
                 f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
@@ -363,10 +363,10 @@ class SelfGeneratedReplay(Callback):
     @property
     def drawn(self) -> ReplayRows | None:
         """This rank's replay rows of the current batch, on the CPU; None if it has none."""
-        return self._feed_of_fit.drawn
+        return self.feed.drawn
 
     @property
-    def _feed_of_fit(self) -> RowFeed:
+    def feed(self) -> RowFeed:
         """Draws the replay rows of this fit."""
         return self._feed if self._data is None else self._data.feed
 

@@ -69,6 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "kl",
             "ntp_with_a_single_row",
             "cached",
+            "callback_alone",
             "generated",
             "replace",
             "mixed",
@@ -124,7 +125,7 @@ def assert_trained_as_one_process(first: Any, second: Any, alone: Any) -> None:
     torch.testing.assert_close(first["weights"], alone["weights"], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached", "generated"])
+@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached", "callback_alone", "generated"])
 def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: str) -> None:
     first, second, alone = runs(name)
     assert_rows_are_those_of_one_process(first, second, alone)
