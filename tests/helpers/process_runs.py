@@ -162,7 +162,7 @@ def fit(
         "steps": watch.seen,
         "weights": torch.cat([_whole(weight.detach()).flatten() for weight in module.parameters()]),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "tokens": (module_data.new_tokens, module_data.replay_tokens),
+        "tokens": (module_data.feed.new_tokens, module_data.feed.replay_tokens),
         "refills": 0 if replay is None else replay.rows.generator.refills,
     }
 
