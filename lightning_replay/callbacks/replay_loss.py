@@ -39,8 +39,8 @@ class ReplayLoss(ABC):
     """
 
     rows: ClassVar[Literal["replay", "batch", "new"]] = "replay"
-    """``"replay"``: the loss is computed on replay rows, in a separate forward. ``"batch"``: replay rows join the user's
-    batch, and no loss is added. ``"new"``: the loss is computed on the user's rows, and there are no replay rows."""
+    """``"replay"``: the loss is computed on replay rows, in a separate forward. ``"batch"``: replay rows join the
+    user's batch, and no loss is added. ``"new"``: the loss is computed on the user's rows; there are no replay rows."""
 
     needs_reference: ClassVar[bool] = True
     """Whether the loss uses the reference's logits."""
