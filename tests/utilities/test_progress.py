@@ -13,8 +13,7 @@ SCRIPT = """
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from transformers import LlamaConfig, LlamaForCausalLM
-from lightning_replay import ReplayDataModule, SelfGeneratedReplay, sample_rows
-from lightning_replay.utilities import progress
+from lightning_replay import ReplayDataModule, SelfGeneratedReplay, progress, sample_rows
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 
 progress.DELAY = {delay}
