@@ -333,7 +333,7 @@ def _divergence(
 ) -> Tensor:
     if logits.shape != reference_logits.shape:
         raise ValueError(
-            f"The logits of model and reference have to be of the same shape; got {tuple(logits.shape)} "
+            f"The logits of model and reference have to be of one shape; got {tuple(logits.shape)} "
             f"and {tuple(reference_logits.shape)}."
         )
     values = _compare(logits, reference_logits.detach(), kind, temperature)

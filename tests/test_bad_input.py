@@ -351,13 +351,6 @@ def with_configuration(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_targets_that_the_model_does_not_have_are_refused() -> None:
-    pair = (TOKENS, torch.cat([TOKENS[:, 1:], torch.full((8, 1), 40)], 1))
-    module = PairModule(HandWritten())
-    trainer = quiet_trainer(callbacks=[ForgettingMonitor({"known": [pair]})])
-    unchanged(module, MisconfigurationException, "token id 40", lambda: trainer.fit(module, loader_of(pair)))
-
-
 def test_rows_as_long_as_the_context_and_one_target_more_are_taken(tiny_llama: Make) -> None:
     module = PlainDescent(tiny_llama(max_position_embeddings=24))
     data = ReplayDataModule(mapping_loader(), 0.2, prior=torch.full((4, 25), 5), prior_share=1.0)

@@ -160,7 +160,7 @@ class ReplayStep:
         if not callable(self.coefficient):
             return self.coefficient
         value = self.coefficient(step)
-        _check_coefficient(value, f"The value of the schedule `coefficient` at step {step}")
+        _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
         return float(value)
 
 

@@ -255,6 +255,20 @@ def test_labels_that_are_not_the_tokens_they_stand_for_are_refused(tiny_llama: M
         )
 
 
+def test_targets_outside_of_the_vocabulary_are_left_out_as_negative_ones_are() -> None:
+    """As with `ignore_index=vocabulary`, the label with which some losses leave positions out."""
+    tokens, targets = next(iter(pair_loader(8, batch_size=8)))
+    baselines = []
+    for marker in (-100, 32, 40):
+        marked = targets.clone()
+        marked[:, -3:] = marker
+        torch.manual_seed(0)
+        monitor = ForgettingMonitor({"rows": [(tokens, marked)]})
+        quiet_trainer(max_steps=1, callbacks=[monitor]).fit(PairModule(HandWritten()), pair_loader())
+        baselines.append(monitor.baseline["rows"])
+    assert baselines[0] == baselines[1] == baselines[2]
+
+
 @pytest.mark.parametrize(
     "several",
     [
