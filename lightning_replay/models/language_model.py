@@ -53,7 +53,7 @@ class LanguageModel:
             ``(rows, length, vocabulary)``: as they are, as ``output.logits``, under the key ``"logits"``,
             or in a tuple, as the tensor of that shape.
         vocabulary: Size of the last dimension of its logits.
-        context: The longest row that it takes, where its configuration tells.
+        context: The longest row that it takes, if its configuration has it.
         has_cache: Whether it keeps what it has read between calls, the Hugging Face way: keys and values, or the
             state of a recurrent model.
     """
@@ -210,7 +210,7 @@ def weights_hash(module: nn.Module, adapter: bool = True) -> str:
 
 
 def _context(module: nn.Module) -> int | None:
-    """The longest row that a model takes, if its configuration tells; numbers such as -1 stand for unknown."""
+    """The longest row that a model takes, if its configuration has it; numbers such as -1 stand for unknown."""
     config = getattr(module, "config", None)
     holders = (config, getattr(config, "text_config", None))
     found = [getattr(holder, name, None) for holder in holders for name in _CONTEXT_NAMES]
