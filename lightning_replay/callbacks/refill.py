@@ -342,8 +342,8 @@ class SampledRows(RowSource):
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        lengths = supply.fit.feed.processes.gather_ints(row_length(batch))
-        length = self.length or max(length for (length,) in lengths)
+        processes = supply.fit.feed.processes
+        length = self.length or max(length for (length,) in processes.gather_ints(row_length(batch)))
         self.generator.check_length(length, supply.fit.model)
         top_k = min(self.top_k, supply.fit.model.vocabulary)
         rows = self._refill_rows(supply, batch)

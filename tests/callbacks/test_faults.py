@@ -190,7 +190,7 @@ def test_a_signal_during_a_refill_leaves_no_half_written_row(tmp_path: Path, num
     assert process.returncode == (1 if number == signal.SIGINT else 0), told
     saved = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     before = torch.load(tmp_path / "before.pt", weights_only=True)
-    buffer = saved["ReplayDataModule"]["buffer"]
+    buffer = saved["lightning_replay_rows"]["buffer"]
     if number == signal.SIGINT:  # at once: the old rows, all used
         assert saved["global_step"] == before.pop("step") == 4
         assert saved["callbacks"]["SelfGeneratedReplay"]["rows"] == buffer["seen"] == 8
