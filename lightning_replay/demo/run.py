@@ -6,6 +6,7 @@ It uses the public API, as a script of a user does.
 import copy
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,7 +205,7 @@ def learn_sequence(
     Returns:
         The measurements of each arm.
     """
-    tasks, runs, lines = list(TASKS), {}, ProgressLines()
+    tasks, runs, lines = list(TASKS), {}, ProgressLines(sys.stdout)
     with quiet_lightning(), _bars(console) as progress:
         pl.seed_everything(seed)
         shared = Run()

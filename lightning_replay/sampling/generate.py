@@ -1,5 +1,6 @@
 """Generating replay rows ahead of training, in this process or on a Ray cluster."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ class _Shown:
 
     def __init__(self, bar: Any, total: int, rows: int) -> None:
         self.rows = rows
-        self._bar, self._total, self._lines = bar, total, ProgressLines()
+        self._bar, self._total, self._lines = bar, total, ProgressLines(sys.stderr)
 
     def set(self, rows: int) -> None:
         self.rows = rows

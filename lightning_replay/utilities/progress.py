@@ -1,10 +1,9 @@
 """Progress of long work: a bar at a terminal, a line every now and then elsewhere; and an end when one is asked for."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
@@ -22,15 +21,20 @@ _DESCRIPTION = "Sampling replay rows"
 
 
 class ProgressLines:
-    """Prints a line to standard error every ``EVERY`` seconds, if that is no terminal, which has bars instead.
+    """Prints a line every ``EVERY`` seconds, unless to a terminal, which has a bar instead.
+
+    Args:
+        stream: Where the bar is drawn, and the lines are printed; ``sys.stdout`` or ``sys.stderr``.
 
     Example:
-        >>> lines = ProgressLines()
+        >>> import sys
+        >>> lines = ProgressLines(sys.stdout)
         >>> for step in range(3):  # too quick for a line
         ...     lines(lambda: f"step {step}")
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
         self._next = time.monotonic() + EVERY
 
     def __call__(self, line: Callable[[], str]) -> None:
@@ -40,9 +44,9 @@ class ProgressLines:
             line: Returns the line.
         """
         now = time.monotonic()
-        if now >= self._next and not sys.stderr.isatty():
+        if now >= self._next and not self._stream.isatty():
             self._next = now + EVERY
-            print(line(), file=sys.stderr, flush=True)
+            print(line(), file=self._stream, flush=True)
 
 
 def heed_sigterm(trainer: pl.Trainer) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import lightning_replay
 from lightning_replay.cli.main import main
 from lightning_replay.demo import run as demo
 from lightning_replay.demo.toy_tasks import ANSWER, ROW_LENGTH, TASKS, problems
+from lightning_replay.utilities import progress
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -80,11 +82,15 @@ def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "STEPS", 5)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     results = demo.demo(tmp_path)
     # The last task's accuracy is measured at its end, which is not one of the steps that are measured anyway.
     after = results["without_replay"]["accuracy_after_each_task"]
     assert after[0] != after[1] != after[2] != after[3]
-    assert f"lightning-replay report {tmp_path}" in "".join(capsys.readouterr().out.split("\n"))
+    printed = capsys.readouterr().out
+    assert f"lightning-replay report {tmp_path}" in "".join(printed.split("\n"))
+    # Not at a terminal, so a line for each measurement stands where the bars would.
+    assert len(re.findall(r" step \d+: reverse +\d+%", printed)) >= 2 * len(TASKS)
     main(["report", str(tmp_path), "--output", str(tmp_path / "report")])
     page = (tmp_path / "report" / "report.html").read_text()
     for arm in ("without_replay", "with_replay"):

@@ -18,6 +18,7 @@ from lightning_replay.buffers.manifest import Manifest
 from lightning_replay.cli.main import main
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.sampling.generate import Generated
+from lightning_replay.utilities import progress
 from lightning_replay.utilities.seeds import stream
 from tests.helpers.modules import VOCABULARY
 
@@ -187,12 +188,15 @@ def test_global_random_state_and_threads_are_left_as_they_were(model: str, tmp_p
 
 
 def test_the_command_says_what_it_did_and_ends_with_one_line_where_it_can_t(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     (tmp_path / "sampling.yaml").write_text("prompts: [one]\n")
     arguments = ["generate", "--model", model, "--rows", "7", "--output", str(tmp_path / "rows")]
     main([*arguments, "--sequence_length", "8", "--shard_rows", "4"])
-    assert "holds 7 rows, 7 of them made now in " in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "holds 7 rows, 7 of them made now in " in printed.out
+    assert "Generating: 7 of 7 rows.\n" in printed.err
     main([*arguments, "--sequence_length", "8", "--shard_rows", "4"])
     assert "holds 7 rows, 0 of them made now.\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
