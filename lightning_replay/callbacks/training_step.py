@@ -15,6 +15,8 @@ from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
 from lightning_replay.data.batches import inputs_and_targets
 from lightning_replay.data.feed import RowFeed
+from lightning_replay.head_chunks import LinearHead
+from lightning_replay.models.head import HiddenStates, OutputHeads
 from lightning_replay.models.hooks import ObservedForward, observed_forward
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.models import ReferenceModel
@@ -51,6 +53,7 @@ class ReplayStep:
         self.last_loss: Tensor | None = None
         self.last_coefficient = 0.0
         self.seconds = 0.0
+        self._heads = OutputHeads()
 
     def wrap(
         self,
@@ -78,6 +81,9 @@ class ReplayStep:
             A function that puts everything back.
         """
         original, self.last_loss = pl_module.training_step, None
+        self._heads = OutputHeads()
+        if feed is not None and self.loss.takes_hidden:
+            self._heads.of(model)  # so that what can be said of it is said before the first step
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -116,9 +122,37 @@ class ReplayStep:
             with reference().active() as active:
                 return active.logits(tokens)
 
-        loss = self.loss(model.logits(tokens), rows, reference_logits)
+        loss = self._from_hidden(model, reference, rows, tokens) if self.loss.takes_hidden else None
+        if loss is None:
+            loss = self.loss(model.logits(tokens), rows, reference_logits)
         self.seconds += time.perf_counter() - started
         return output, loss
+
+    def _from_hidden(
+        self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
+    ) -> Tensor | None:
+        """The loss on replay rows, without logits of the whole batch; None if whole logits are to be taken.
+
+        The reference comes first: its hidden states and its head are all that is left of it when the model is called.
+        """
+        if self._heads.of(model) is None:
+            return None
+        before: HiddenStates | None = None
+        if self.loss.asks_reference(rows):
+            source = reference()
+            with source.active() as active:
+                # A layer with an adapter is another one when the adapter is switched on again.
+                stays = source.weights_stay
+
+                def keep(given: HiddenStates) -> HiddenStates | None:
+                    is_own = isinstance(given.head, LinearHead) or active.module is not model.module
+                    return given.kept(copy=not (stays and is_own))
+
+                before = self._heads.run(active, lambda asked: asked.logits(tokens), keep)
+            if before is None:
+                return None
+        loss = functools.partial(self.loss.on_hidden, rows=rows, reference=before)
+        return self._heads.run(model, lambda asked: asked.logits(tokens), loss)
 
     def _on_new_rows(
         self, model: LanguageModel, reference: Callable[[], ReferenceModel], step: Callable[[], Any], batch: Any
