@@ -125,22 +125,21 @@ class Sweep(ABC):
         """
 
 
-class Head(ABC):
+class Head(Protocol):
     """An output head: what turns hidden states, position by position, into logits."""
 
-    transform: LogitTransform
+    @property
+    def transform(self) -> LogitTransform:
+        """What follows it."""
 
     @property
-    @abstractmethod
     def vocabulary(self) -> int:
         """The number of logits of a position."""
 
     @property
-    @abstractmethod
     def parameters(self) -> tuple[Tensor, ...]:
         """The tensors that gradients may be needed for."""
 
-    @abstractmethod
     def sweep(self, hidden: Tensor, positions: int, needs: Sequence[bool] = ()) -> Sweep:
         """Begin a pass.
 
@@ -152,7 +151,7 @@ class Head(ABC):
 
 
 @dataclass(frozen=True)
-class LinearHead(Head):
+class LinearHead:
     """A plain linear layer.
 
     Args:
@@ -166,22 +165,22 @@ class LinearHead(Head):
     transform: LogitTransform = field(default_factory=LogitTransform)
 
     @property
-    @override
     def vocabulary(self) -> int:
+        """As of ``Head``."""
         return self.transform.vocabulary or len(self.weight)
 
     @property
-    @override
     def parameters(self) -> tuple[Tensor, ...]:
+        """As of ``Head``."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    @override
     def sweep(self, hidden: Tensor, positions: int, needs: Sequence[bool] = ()) -> Sweep:
+        """As of ``Head``."""
         return _LinearSweep(self, hidden, positions, needs)
 
 
 @dataclass(frozen=True)
-class CalledHead(Head):
+class CalledHead:
     """Any other layer that works position by position, such as one with a LoRA adapter; differentiated by autograd.
 
     Args:
@@ -196,8 +195,8 @@ class CalledHead(Head):
     parameters: tuple[Tensor, ...] = ()
     transform: LogitTransform = field(default_factory=LogitTransform)
 
-    @override
     def sweep(self, hidden: Tensor, positions: int, needs: Sequence[bool] = ()) -> Sweep:
+        """As of ``Head``."""
         return _CalledSweep(self, needs)
 
 

@@ -281,7 +281,7 @@ def top_k_divergence_of_head(
                     leaf, ours[some], theirs[some], reduction="none", kind=kind, temperature=temperature
                 )
             if gradient:
-                logits[some] = torch.autograd.grad(found.sum(), leaf)[0]
+                logits[some] = torch.autograd.grad(found, leaf, torch.ones_like(found))[0]
             values.append(found.detach())
         return torch.cat(values)
 
