@@ -1,10 +1,10 @@
-"""An instruction-tuned model, finetuned on conversations, that replays conversations which it makes up itself.
+"""An instruction-tuned model, finetuned on conversations, that replays conversations which it samples itself.
 
     python examples/chat.py --quick
     python examples/chat.py --model DIR_OR_HUB_NAME --prior prior_chats.jsonl --new chats.jsonl
 
 Data are lines {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}; the loss is
-on what the assistant says. Prints a conversation that was replayed, the loss on new conversations and the forgetting.
+on the assistant's turns. Prints a conversation that was replayed, the loss on new conversations and the forgetting.
 Takes 20 seconds with --quick.
 """
 
@@ -28,10 +28,8 @@ def chats(file: str) -> ChatDataModule:
     return ChatDataModule(file, options.model, options.length, batch_size=16)
 
 
-# The model is given the chat template up to the user's turn, and writes what the user says and what it answers.
-replay = SelfGeneratedReplay(
-    coefficient=1.0, sequence_length=options.length, sampling=Sampling(prompts="chat", stop_at_eos=True)
-)
+# The prompt is the chat template up to the user's turn; the model then samples the user's message and the answer.
+replay = SelfGeneratedReplay(coefficient=1.0, sequence_length=options.length, sampling=Sampling(prompts="chat"))
 monitor = ForgettingMonitor({"prior": chats(options.prior)})
 data = ReplayDataModule(chats(options.new), options.replay_fraction)
 trainer = L.Trainer(max_steps=options.steps, callbacks=[replay, monitor], logger=False)

@@ -1,9 +1,10 @@
-"""Three lines added to a script that finetunes with a LightningModule and a DataLoader of its own.
+"""One line added to a script that finetunes with a LightningModule and a DataLoader of its own.
 
     python examples/existing_trainer.py --quick
     python examples/existing_trainer.py --model DIR_OR_HUB_NAME --prior known.txt --new new.txt
 
-Prints the loss on prior text before and after, in nats a token; `--replay-fraction 0` shows the run without replay.
+A second line measures forgetting. Prints the loss on prior text before and after, in nats a token;
+`--replay-fraction 0` shows the run without replay.
 Takes 20 seconds with --quick.
 """
 
@@ -15,7 +16,7 @@ from quick import arguments
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
+from lightning_replay import ForgettingMonitor, SelfGeneratedReplay, TextDataModule
 
 
 class Finetuning(L.LightningModule):
@@ -46,10 +47,10 @@ def loader(file: str, tokenizer: str, length: int) -> DataLoader[Any]:
 options = arguments(__doc__)
 new, prior = (loader(file, options.model, options.length) for file in (options.new, options.prior))
 
-monitor = ForgettingMonitor({"prior": prior}, max_batches=16)  # added
-data = ReplayDataModule(new, options.replay_fraction)  # added
-trainer = L.Trainer(max_steps=options.steps, callbacks=[SelfGeneratedReplay(), monitor], logger=False)  # and here
-trainer.fit(Finetuning(options.model, options.learning_rate), datamodule=data)
+replay = SelfGeneratedReplay(replay_fraction=options.replay_fraction)  # the line
+monitor = ForgettingMonitor({"prior": prior}, max_batches=16)  # measures
+trainer = L.Trainer(max_steps=options.steps, callbacks=[replay, monitor], logger=False)
+trainer.fit(Finetuning(options.model, options.learning_rate), new)
 
 before, after = monitor.baseline["prior"], float(trainer.callback_metrics["prior_loss/prior"])
 print(f"prior loss: {before:.3f} before, {after:.3f} after; forgetting {after - before:+.3f}")

@@ -1,12 +1,12 @@
-"""Generate replay rows first, on a Ray cluster or here, then train on them: no sampling and no second model on the way.
+"""Generate replay rows first, on a Ray cluster or here, then train on them, without sampling and a second model.
 
-The model that trains keeps its device for itself: rows and the reference's 64 likeliest log-probabilities of each
+The model that trains has its device to itself: rows and the reference's 64 likeliest log-probabilities of each
 position come from a folder. Any number of later runs can use them.
 
     python examples/generate_ahead.py --model roneneldan/TinyStories-33M --new my_notes.txt --rows 20000 --engine ray
     python examples/generate_ahead.py --quick
 
-The first half is also a command, as for machines of their own:
+The first half is also a command, for other machines than those that train:
 
     lightning-replay generate --model roneneldan/TinyStories-33M --rows 20000 --sequence_length 128 \
         --reference_top_k 64 --engine Ray --engine.actors 8 --output rows

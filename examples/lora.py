@@ -1,4 +1,4 @@
-"""A LoRA adapter, finetuned with replay. The model with it switched off is the reference: exact, for no memory.
+"""A LoRA adapter, finetuned with replay. Switched off, it gives the reference, exactly and at no cost in memory.
 
     python examples/lora.py --quick
     python examples/lora.py --model DIR_OR_HUB_NAME --prior known.txt --new new.txt

@@ -34,7 +34,7 @@ def arguments(description: str | None, kind: str = "txt") -> argparse.Namespace:
     parser.add_argument("--model", help="hub name or local folder, of model and tokenizer")
     parser.add_argument("--prior", help="what the model knows: a local file")
     parser.add_argument("--new", help="what to finetune on: a local file")
-    parser.add_argument("--third", help="what to finetune on after that, where there is a sequence")
+    parser.add_argument("--third", help="what to finetune on after that, in a sequence")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -45,7 +45,7 @@ def arguments(description: str | None, kind: str = "txt") -> argparse.Namespace:
 
 
 def parsed(parser: argparse.ArgumentParser, kind: str = "txt", **quick: Any) -> argparse.Namespace:
-    """What the command line says; with ``--quick`` the tiny model, its texts and these settings."""
+    """The options of the command line; with ``--quick`` the tiny model, its texts and these settings."""
     parser.add_argument("--quick", action="store_true", help="a tiny model and texts, no download")
     options = parser.parse_args()
     if options.quick:
@@ -53,13 +53,13 @@ def parsed(parser: argparse.ArgumentParser, kind: str = "txt", **quick: Any) -> 
         texts = {name: str(folder / f"{name}.{kind}") for name in ("prior", "new", "third")}
         vars(options).update(quick, model=str(folder / "model"), **texts)
     elif not (options.model and options.prior and options.new):
-        parser.error("name --model, --prior and --new, or say --quick")
+        parser.error("--model, --prior and --new are needed without --quick")
     return options
 
 
 def quick_folder() -> Path:
     """A folder with the tiny model, its tokenizer and the texts."""
-    warnings.filterwarnings("ignore")  # a minute's training says more about itself than about what it learns
+    warnings.filterwarnings("ignore")  # advice for real runs would hide what an example prints
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(tempfile.gettempdir()) / "lightning-replay-quick"
     if folder.is_dir():

@@ -63,7 +63,7 @@ def fit(options: dict[str, Any]) -> None:
 
 
 def fit_on_ray(options: dict[str, Any]) -> None:
-    """Train with as many workers as the options say, each with a part of the batch of all."""
+    """Train with the number of workers in the options; each has a part of the global batch."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -102,7 +102,7 @@ def random_rows(batch_size: int, rows: int = 256) -> DataLoader[Any]:
 
 
 def main() -> None:
-    """Train on the cluster and print what came of it."""
+    """Train on the cluster and print the last step's losses."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -112,7 +112,7 @@ def main() -> None:
         "--workers",
         type=int,
         default=2,
-        help="processes that train, with a GPU each where there are any; 0 for this one, without Ray",
+        help="processes that train, with a GPU each if there are any; 0 to train in this one, without Ray",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="new rows in a batch of all workers together")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")

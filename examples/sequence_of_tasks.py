@@ -1,4 +1,4 @@
-"""A sequence of tasks: each fit takes the model as it then is as its reference, and replays all that it knows by then.
+"""A sequence of tasks: each fit takes the model as its reference before it trains, and so replays all that it knows.
 
     python examples/sequence_of_tasks.py --quick
     python examples/sequence_of_tasks.py --model DIR_OR_HUB_NAME --prior known.txt --new new.txt --third third.txt

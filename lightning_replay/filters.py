@@ -1,12 +1,12 @@
-"""Filters of samples: small callables that say which to keep. All are off unless they are asked for.
+"""Filters of samples: callables that select which samples to keep. None is applied by default.
 
-A filter is called with ``lightning_replay.sampling.Samples`` and returns a boolean tensor of shape
-``(samples,)``, True where a sample is kept. Any function with that signature is one. How many samples each has dropped
+A filter is called with ``lightning_replay.sampling.Samples`` and returns a boolean tensor of shape ``(samples,)``,
+True for each sample to keep. Any function with that signature is a filter. The number of samples that each has dropped
 is logged as ``replay/dropped/<name>``.
 
 Note:
-    Poor samples can be worse than none with next-token loss (arXiv 2605.29495); the KL forgives them, and every filter
-    moves the samples away from the model's own distribution.
+    With next-token loss, poor samples can be worse than none (arXiv 2605.29495). The KL divergence tolerates them, and
+    every filter moves the samples away from the model's own distribution.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ __all__ = ["Duplicates", "Filter", "Length", "NgramOverlap", "Perplexity", "Repe
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Keeps the first of several equal samples of a refill.
+    """Keeps the first of equal samples of a refill.
 
     Example:
         >>> samples = Samples(torch.tensor([[1, 2], [1, 2], [1, 3]]), torch.tensor([2, 2, 2]), torch.ones(3, 2).bool())
@@ -32,31 +32,31 @@ class Duplicates:
     """
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Which samples are the first of their kind."""
+        """Return True for samples that equal no earlier one, shape ``(samples,)``."""
         rows = torch.cat([samples.tokens, samples.lengths.unsqueeze(1)], 1)
         _, kind = torch.unique(rows, dim=0, return_inverse=True)
-        return _first_of(kind) == torch.arange(len(rows), device=rows.device)
+        return _first_of(kind) == torch.arange(len(rows), dtype=torch.int64, device=rows.device)
 
 
 @dataclass(frozen=True)
 class NgramOverlap:
-    """Drops samples of which more than a share stands in earlier samples of the same refill.
+    """Drops samples that share too many n-grams with earlier samples of the same refill.
 
     Args:
         n: Tokens in an n-gram.
-        most: The largest share of a sample's n-grams that may stand in earlier samples, dropped ones included.
+        most: The largest share of a sample's n-grams that may occur in earlier samples, dropped ones included.
     """
 
     n: int = 8
     most: float = 0.5
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Which samples are new enough."""
+        """Return True for samples with few enough n-grams of earlier ones, shape ``(samples,)``."""
         hashes, real = ngrams(samples.tokens, samples.lengths, self.n)
-        sample = torch.arange(len(hashes), device=hashes.device).unsqueeze(1).expand_as(hashes)
+        sample = torch.arange(len(hashes), dtype=torch.int64, device=hashes.device).unsqueeze(1).expand_as(hashes)
         seen_before = torch.zeros_like(real)
         _, kind = torch.unique(hashes[real], return_inverse=True)
-        first = torch.full((int(kind.max()) + 1 if len(kind) else 0,), len(hashes), device=hashes.device)
+        first = hashes.new_full((int(kind.max()) + 1 if len(kind) else 0,), len(hashes))
         first.scatter_reduce_(0, kind, sample[real], "amin")
         seen_before[real] = first[kind] < sample[real]
         return seen_before.sum(1) <= self.most * real.sum(1)
@@ -67,65 +67,66 @@ class Length:
     """Keeps samples whose number of tokens, the prompt included, lies in a range.
 
     Args:
-        least: The fewest tokens.
-        most: The most; any number by default.
+        least: The smallest number of tokens.
+        most: The largest number; unlimited by default.
     """
 
     least: int = 1
     most: float = inf
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Which samples are neither too short nor too long."""
+        """Return True for samples whose length is in the range, shape ``(samples,)``."""
         return (samples.lengths >= self.least) & (samples.lengths <= self.most)
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Drops samples that repeat themselves.
+    """Drops samples that repeat their own n-grams.
 
     Args:
         n: Tokens in an n-gram.
-        most: The largest share of a sample's n-grams that may stand earlier in the same sample.
+        most: The largest share of a sample's n-grams that may occur earlier in the same sample.
     """
 
     n: int = 4
     most: float = 0.5
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Which samples don't repeat themselves too much."""
+        """Return True for samples with few enough repeated n-grams, shape ``(samples,)``."""
         return repetition(samples.tokens, samples.lengths, self.n) <= self.most
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Keeps samples whose own perplexity, under the model that wrote them, lies in a range.
+    """Keeps samples whose perplexity under the model that generated them lies in a range.
 
-    With ``source="reference"`` that model is π. Over the drawn tokens, at temperature 1 and with nothing truncated.
+    With ``source="reference"`` that model is π. The perplexity is over the drawn tokens, at temperature 1 and without
+    truncation.
 
     Args:
         least: The lowest perplexity.
-        most: The highest; any by default.
+        most: The highest; unlimited by default.
 
     Raises:
-        ValueError: When called with samples whose log-probabilities a sampler of the user's own didn't tell.
+        ValueError: When called with samples without log-probabilities, as a custom sampler may return them.
     """
 
     least: float = 1.0
     most: float = inf
 
     def __call__(self, samples: Samples) -> Tensor:
-        """Which samples are neither too likely nor too unlikely."""
+        """Return True for samples whose perplexity is in the range, shape ``(samples,)``."""
         if samples.log_probs is None:
             raise ValueError(
-                "The perplexity filter needs the log-probabilities of the tokens drawn: let your `sampler` return "
-                "`lightning_replay.sampling.Samples` with `log_probs`."
+                "The perplexity filter needs the log-probabilities of the drawn tokens, and the samples have none. "
+                "Return `lightning_replay.sampling.Samples` with `log_probs` from the sampler, or leave out the filter."
             )
         surprise = -samples.log_probs.double().sum(1) / samples.drawn.sum(1).clamp(min=1)
         return (surprise.exp() >= self.least) & (surprise.exp() <= self.most)
 
 
 def _first_of(kinds: Tensor) -> Tensor:
-    """For each element, the place of the first one equal to it."""
-    places = torch.arange(len(kinds), device=kinds.device)
+    """For each element, the index of the first one equal to it."""
+    places = torch.arange(len(kinds), dtype=torch.int64, device=kinds.device)
     first = torch.full_like(places, len(kinds)).scatter_reduce_(0, kinds, places, "amin")
     return first[kinds]

@@ -1,8 +1,7 @@
 """Replay losses: pure functions of tensors, usable in any training loop."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,10 @@ Divergence = Literal["forward", "reverse", "jensen_shannon"]
 Reduction = Literal["mean", "none"]
 
 _NEVER = -1e30
-"""Log-probability of the impossible: finite, so that zero times it is zero and not NaN."""
+"""Log-probability of an impossible outcome: finite, so that zero times it is zero and not NaN."""
 
 _PART = {"cpu": 2**18, "device": 2**26}
-"""Logits compared at a time: on a CPU as many as its caches hold, elsewhere enough to keep the device busy."""
+"""Logits in a part: on a CPU as many as its caches hold, on other devices enough to keep them busy."""
 
 
 def forward_kl(
@@ -46,13 +45,13 @@ def forward_kl(
     Args:
         logits: The model's logits, shape ``(rows, positions, vocabulary)``.
         reference_logits: The reference's, the same shape. No gradient flows into them.
-        mask: True at the positions M to average over, shape ``(rows, positions)``. All of them if left out.
+        mask: True at the positions M to average over, shape ``(rows, positions)``. All of them by default.
         reduction: ``"mean"`` over the mask, or ``"none"`` for the divergence at every position, mask or not.
-        temperature: Divides both logits. The gradient shrinks with its square (Hinton et al. 2015), which a
-            coefficient can make up for; nothing here does.
+        temperature: Divides both logits. The gradient shrinks with its square (Hinton et al. 2015); raise the
+            coefficient to compensate.
 
     Returns:
-        A scalar, zero where the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
+        A scalar, zero if the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
 
     Raises:
         ValueError: If the shapes differ or ``temperature`` is not above 0.
@@ -78,8 +77,8 @@ def reverse_kl(
 
     .. math:: \frac{1}{|M|}\sum_{t \in M} \sum_v p_t(v)\,\bigl(\log p_t(v) - \log \pi_t(v)\bigr)
 
-    It punishes what the model says and the reference would not; what the reference says and the model has dropped
-    costs little. Arguments, return value and errors are those of ``forward_kl``.
+    It penalizes tokens that the model predicts and the reference does not. Tokens that the reference predicts and the
+    model no longer does cost little. Arguments, return value and errors are those of ``forward_kl``.
 
     Example:
         >>> import torch
@@ -108,14 +107,14 @@ def jensen_shannon(
         >>> import torch
         >>> reference = torch.tensor([[[1.0, 0.0]]]).log()
         >>> model = torch.tensor([[[0.0, 1.0]]]).log()
-        >>> jensen_shannon(model, reference)  # nothing in common: ln 2
+        >>> jensen_shannon(model, reference)  # disjoint: ln 2
         tensor(0.6931)
     """
     return _divergence("jensen_shannon", logits, reference_logits, mask, reduction, temperature)
 
 
 def top_k_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The ``k`` likeliest tokens of each position and a bucket for all the others: what a cached reference keeps.
+    """The ``k`` most likely tokens of each position, and one bucket for all others, as a cached reference stores them.
 
     Args:
         logits: Shape ``(rows, positions, vocabulary)``.
@@ -136,10 +135,10 @@ def top_k_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[T
         (tensor([[[0]]]), tensor([[[0.5000, 0.5000]]]))
     """
     if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"`k` is from 1 to the vocabulary's {logits.shape[-1]} tokens; got {k}.")
+        raise ValueError(f"`k` has to be from 1 to {logits.shape[-1]}, the size of the vocabulary; got {k}.")
     ids = logits.topk(k, dim=-1).indices
     log_probs = _bucket_logits(logits, ids, temperature).log_softmax(-1).clamp(min=_NEVER)
-    # Where no token is left for it, the tail is impossible.
+    # If no token is left for it, the tail is impossible.
     return ids, F.pad(log_probs, (0, k + 1 - log_probs.shape[-1]), value=_NEVER)
 
 
@@ -152,32 +151,32 @@ def divergence_from_top_k(
     kind: Divergence = "forward",
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Divergence from a reference of which the ``k`` likeliest tokens and the tail's sum are known.
+    r"""Divergence from a reference of which the ``k`` most likely tokens and the sum of the others are known.
 
-    Both distributions are taken over ``k + 1`` buckets: the reference's likeliest tokens, each its own bucket, and
-    all others together. Merging outcomes never increases a divergence (the data-processing inequality), so this is
-    a **lower bound** of the one over the full vocabulary. For the forward KL what is missing is exactly
+    Both distributions are taken over ``k + 1`` buckets: one for each of the reference's ``k`` most likely tokens, and
+    one for all others together. Merging outcomes never increases a divergence (the data-processing inequality), so
+    this is a **lower bound** of the one over the full vocabulary. For the forward KL the difference is exactly
 
     .. math:: \pi_t(\text{tail}) \cdot \mathrm{KL}\bigl(\pi_t(\cdot \mid \text{tail}) \,\|\,
         p_t(\cdot \mid \text{tail})\bigr)
 
-    With ``k`` equal to the vocabulary nothing is missing.
+    With ``k`` equal to the vocabulary's size the difference is zero.
 
     Args:
         logits: The model's logits, shape ``(rows, positions, vocabulary)``.
-        ids: The reference's likeliest tokens, shape ``(rows, positions, k)``.
+        ids: The reference's most likely tokens, shape ``(rows, positions, k)``.
         log_probs: Their log-probabilities and the tail's, shape ``(rows, positions, k + 1)``, as
-            ``top_k_log_probs`` gives. Normalised here, so rounded ones (16 bits) will do.
-        mask: True at the positions to average over, shape ``(rows, positions)``. All of them if left out.
+            ``top_k_log_probs`` returns. Normalized here, so they may be rounded to 16 bits.
+        mask: True at the positions to average over, shape ``(rows, positions)``. All of them by default.
         reduction: ``"mean"`` over the mask, or ``"none"`` for the divergence at every position.
         kind: ``"forward"``, ``"reverse"`` or ``"jensen_shannon"``.
-        temperature: Divides the model's logits; that of the reference's when they were cached.
+        temperature: Divides the model's logits. Pass the one that the reference's were cached with.
 
     Returns:
-        A scalar, zero where the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
+        A scalar, zero if the mask selects nothing; with ``"none"``, shape ``(rows, positions)``.
 
     Raises:
-        ValueError: If the shapes don't fit or ``temperature`` is not above 0.
+        ValueError: If the shapes don't match or ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -199,24 +198,24 @@ def divergence_from_top_k(
 def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Cross-entropy of the targets, in nats a token, averaged over positions.
 
-    The regularizer ``ntp_pre`` of arXiv 2605.26097 when the targets are replay rows. Nothing is shifted:
-    ``logits[:, t]`` is what the model says of ``targets[:, t]``.
+    The regularizer ``ntp_pre`` of arXiv 2605.26097 if the targets are replay rows. Nothing is shifted:
+    ``logits[:, t]`` predicts ``targets[:, t]``.
 
     Args:
-        logits: Shape ``(rows, positions, vocabulary)``; taken to 32-bit floats.
+        logits: Shape ``(rows, positions, vocabulary)``; converted to 32-bit floats.
         targets: Token ids, shape ``(rows, positions)``.
-        mask: True at the positions to average over, shape ``(rows, positions)``. All of them if left out.
+        mask: True at the positions to average over, shape ``(rows, positions)``. All of them by default.
 
     Returns:
-        A scalar; zero where the mask selects nothing.
+        A scalar; zero if the mask selects nothing.
 
     Raises:
-        ValueError: If the shapes don't fit.
+        ValueError: If the shapes don't match.
 
     Example:
         >>> import torch
         >>> tokens = torch.tensor([[0, 1, 1]])
-        >>> logits = torch.zeros(1, 3, 2)  # a model that knows nothing of two tokens: ln 2
+        >>> logits = torch.zeros(1, 3, 2)  # uniform over two tokens: ln 2
         >>> next_token_loss(logits[:, :-1], tokens[:, 1:])
         tensor(0.6931)
     """
@@ -229,61 +228,82 @@ def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None)
     return _mean(losses.view_as(targets), mask)
 
 
-def _forward_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
-    values = reference.sub_(ours).mul_(pi).sum(-1)
+class _InPlaceDivergence(Protocol):
+    """A divergence and its gradient, in the memory of its arguments.
+
+    ``_Divergence`` computes a part of the positions at a time in four tensors, which it fills again for the next part.
+    So the functions with this signature **overwrite all four arguments**; the trailing underscore in their names is
+    torch's mark of that. Pass tensors that nothing else reads.
+    """
+
+    def __call__(self, log_p: Tensor, log_pi: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+        """Return the divergence of each position, and leave its gradient in ``p``.
+
+        Args:
+            log_p: The model's log-probabilities, shape ``(positions, outcomes)``, 32-bit floats. Overwritten.
+            log_pi: The reference's, likewise. Overwritten.
+            p: ``log_p.exp()``. Overwritten with the gradient with respect to the logits that ``log_p`` came from.
+            pi: ``log_pi.exp()``. Overwritten.
+
+        Returns:
+            Shape ``(positions,)``; memory of its own.
+        """
+
+
+def _forward_kl_(log_p: Tensor, log_pi: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    values = log_pi.sub_(log_p).mul_(pi).sum(-1)
     p.sub_(pi)
     return values
 
 
-def _reverse_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
-    values = (ours.sub_(reference) * p).sum(-1)
-    p.mul_(ours.sub_(values.unsqueeze(-1)))
+def _reverse_kl_(log_p: Tensor, log_pi: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    values = (log_p.sub_(log_pi) * p).sum(-1)
+    p.mul_(log_p.sub_(values.unsqueeze(-1)))
     return values
 
 
-def _jensen_shannon_(ours: Tensor, reference: Tensor, p: Tensor, pi: Tensor) -> Tensor:
-    middle = torch.logaddexp(ours, reference).sub_(math.log(2))
-    to_ours = (ours.sub_(middle) * p).sum(-1)
-    to_reference = reference.sub_(middle).mul_(pi).sum(-1)
-    p.mul_(ours.sub_(to_ours.unsqueeze(-1))).mul_(0.5)
-    return 0.5 * (to_ours + to_reference)
+def _jensen_shannon_(log_p: Tensor, log_pi: Tensor, p: Tensor, pi: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_p, log_pi).sub_(math.log(2))
+    to_p = (log_p.sub_(middle) * p).sum(-1)
+    to_pi = log_pi.sub_(middle).mul_(pi).sum(-1)
+    p.mul_(log_p.sub_(to_p.unsqueeze(-1))).mul_(0.5)
+    return 0.5 * (to_p + to_pi)
 
 
-_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "forward": _forward_,
-    "reverse": _reverse_,
+_DIVERGENCES: dict[Divergence, _InPlaceDivergence] = {
+    "forward": _forward_kl_,
+    "reverse": _reverse_kl_,
     "jensen_shannon": _jensen_shannon_,
 }
-"""Of log-probabilities, ours and the reference's, and the same probabilities, shape ``(positions, outcomes)`` each:
-the divergence of each position. All four are overwritten, ours with the gradient with respect to our logits."""
 
 
 class _Divergence(torch.autograd.Function):
     """Divergences of all positions and, in the same pass, their gradient: a part of the positions at a time.
 
-    Autograd would keep five or six tensors of the logits' size in 32 bits. Here the gradient alone is kept whole, and
-    every part works in the memory of the one before it.
+    Autograd would keep five or six tensors of the logits' size in 32 bits. This keeps only the gradient, and each part
+    reuses the memory of the one before it. Every tensor's type is named: inside a step under ``precision="bf16-true"``,
+    Lightning sets torch's default type to 16 bits.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, kind: Divergence, temperature: float) -> Tensor:
         shape, outcomes = logits.shape[:-1], logits.shape[-1]
         logits, reference_logits = logits.reshape(-1, outcomes), reference_logits.reshape(-1, outcomes)
-        values = torch.empty(len(logits), device=logits.device)
+        values = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         gradient = None
         if ctx.needs_input_grad[0]:
-            # In 32 bits, since it is yet to be scaled: 16 would round it twice.
+            # In 32 bits, since `backward` scales it: in 16 bits it would be rounded twice.
             gradient = torch.empty_like(logits, dtype=torch.float32)
         part = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // outcomes)
-        memory = torch.empty(4, min(part, len(logits)), outcomes, device=logits.device)
+        memory = torch.empty(4, min(part, len(logits)), outcomes, dtype=torch.float32, device=logits.device)
         for start in range(0, len(logits), part):
             some = slice(start, start + part)
-            ours, reference, p, pi = memory[:, : len(logits[some])]
-            for given, log_probs, probs in ((logits, ours, p), (reference_logits, reference, pi)):
+            log_p, log_pi, p, pi = memory[:, : len(logits[some])]
+            for given, log_probs, probs in ((logits, log_p, p), (reference_logits, log_pi, pi)):
                 softened = _softened(given[some], temperature)
                 torch.log_softmax(softened, -1, out=log_probs).clamp_(min=_NEVER)
                 torch.softmax(softened, -1, out=probs)
-            values[some] = _DIVERGENCES[kind](ours, reference, p, pi)
+            values[some] = _DIVERGENCES[kind](log_p, log_pi, p, pi)
             if gradient is not None:
                 gradient[some] = p if temperature == 1 else p.div_(temperature)
         ctx.save_for_backward(gradient)
@@ -313,7 +333,7 @@ def _divergence(
 ) -> Tensor:
     if logits.shape != reference_logits.shape:
         raise ValueError(
-            f"Model and reference give logits of one shape; got {tuple(logits.shape)} "
+            f"The logits of model and reference have to be of one shape; got {tuple(logits.shape)} "
             f"and {tuple(reference_logits.shape)}."
         )
     values = _compare(logits, reference_logits.detach(), kind, temperature)
@@ -323,19 +343,19 @@ def _divergence(
 def _softened(logits: Tensor, temperature: float) -> Tensor:
     """Logits in 32-bit floats, divided by the temperature."""
     if not temperature > 0:
-        raise ValueError(f"`temperature` divides the logits and is above 0; got {temperature}.")
+        raise ValueError(f"`temperature` divides the logits and has to be above 0; got {temperature}.")
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 class _Buckets(torch.autograd.Function):
     """Logits of chosen tokens and, last, of all others together: their log-sum-exp.
 
-    Autograd would keep three tensors of the logits' size and fill three more; this keeps none and fills one.
+    Autograd would keep three tensors of the logits' size and allocate three more; this keeps none and allocates one.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        # Not as 1 - sum of the others: where the tail is small, that would be rounding error alone.
+        # Not as 1 - sum of the others: if the tail is small, that would be rounding error alone.
         tail = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp_(min=_NEVER)
         ctx.save_for_backward(logits, ids, tail)
         return torch.cat([logits.gather(-1, ids), tail], -1)
@@ -349,7 +369,7 @@ class _Buckets(torch.autograd.Function):
 
 
 def _bucket_logits(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Logits of the tokens ``ids`` and, last, of all other tokens together, where there are others."""
+    """Logits of the tokens ``ids`` and, last, of all other tokens together if there are any."""
     logits = _softened(logits, temperature)
     if ids.shape[-1] == logits.shape[-1]:
         return logits.gather(-1, ids)

@@ -1,8 +1,10 @@
-"""Metrics of what a language model knows and of what a sequence of tasks did to it. They work without a Trainer.
+"""Metrics of a language model on text, and of forgetting over a sequence of tasks. They work without a Trainer.
 
-Those of a sequence of tasks are from Lopez-Paz & Ranzato 2017 (GEM; arXiv 1706.08840) and Chaudhry et al. 2018 (RWalk;
-arXiv 1801.10112).
+The definitions for a sequence of tasks are those of Lopez-Paz & Ranzato 2017 (GEM; arXiv 1706.08840) and
+Chaudhry et al. 2018 (RWalk; arXiv 1801.10112).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,32 +28,36 @@ __all__ = [
 
 
 class _TokenMean(Metric):
-    """A mean over tokens, summed in 64-bit floats so that millions of tokens lose nothing."""
+    """A mean over tokens, summed in 64-bit floats so that sums over millions of tokens stay exact."""
 
     is_differentiable = False
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        super().__init__()
+    def __init__(self, ignore_index: int = -100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.ignore_index = ignore_index
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """The mean; NaN before any token was seen."""
+        """The mean, a scalar; NaN before the first token."""
         return self.total / self.count
 
 
 class TokenLoss(_TokenMean):
     """Mean negative log-likelihood of the targets, in nats a token.
 
-    Nothing is shifted: ``logits[:, t]`` is what the model says of ``targets[:, t]``. Unlike
-    ``exp`` of it, the loss stays finite and exact for tokens that the model finds impossible.
+    Nothing is shifted: ``logits[:, t]`` predicts ``targets[:, t]``. Computed in 32-bit floats whatever the type of the
+    logits. Unlike the perplexity, the loss stays finite and exact for tokens of a probability that underflows.
 
     Args:
         ignore_index: Targets of this value are left out.
+        kwargs: Keyword arguments of ``torchmetrics.Metric``, such as ``sync_on_compute``.
+
+    Raises:
+        ValueError: If a keyword argument is not one of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = TokenLoss()
@@ -77,6 +83,10 @@ class Perplexity(TokenLoss):
 
     Args:
         ignore_index: Targets of this value are left out.
+        kwargs: Keyword arguments of ``torchmetrics.Metric``, such as ``sync_on_compute``.
+
+    Raises:
+        ValueError: If a keyword argument is not one of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = Perplexity()
@@ -86,15 +96,19 @@ class Perplexity(TokenLoss):
     """
 
     def compute(self) -> Tensor:
-        """The perplexity; NaN before any token was seen."""
+        """The perplexity, a scalar; NaN before the first token."""
         return super().compute().exp()
 
 
 class TokenAccuracy(_TokenMean):
-    """Share of targets that are the model's most likely token. Nothing is shifted.
+    """Share of targets that are the model's most likely token. Nothing is shifted, as in ``TokenLoss``.
 
     Args:
         ignore_index: Targets of this value are left out.
+        kwargs: Keyword arguments of ``torchmetrics.Metric``, such as ``sync_on_compute``.
+
+    Raises:
+        ValueError: If a keyword argument is not one of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = TokenAccuracy()
@@ -116,10 +130,15 @@ class TokenAccuracy(_TokenMean):
 class KLDrift(_TokenMean):
     """Mean forward KL divergence KL(π‖θ) from a reference π to the model θ, in nats a token.
 
-    How far the model has moved from the reference on the given text; it foretells forgetting.
+    How far the model has moved from the reference on the given text, in 32-bit floats as ``forward_kl``. KL on the new
+    text predicts forgetting (Shenfeld et al. 2025, RL's Razor).
 
     Args:
         ignore_index: Positions whose target has this value are left out.
+        kwargs: Keyword arguments of ``torchmetrics.Metric``, such as ``sync_on_compute``.
+
+    Raises:
+        ValueError: If a keyword argument is not one of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = KLDrift()
@@ -132,7 +151,7 @@ class KLDrift(_TokenMean):
     higher_is_better = False
 
     def update(self, logits: Tensor, reference_logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: two logits of shape ``(rows, positions, vocabulary)``, targets of ``(rows, positions)``."""
+        """Add a batch: logits of both models, ``(rows, positions, vocabulary)``, and targets, ``(rows, positions)``."""
         _check_targets(targets, logits)
         counted = targets != self.ignore_index
         divergence = forward_kl(logits, reference_logits, reduction="none")
@@ -159,7 +178,7 @@ def average_accuracy(matrix: Tensor) -> float:
 def backward_transfer(matrix: Tensor) -> float:
     """Mean change on earlier tasks, from just after each was learned to the end (BWT; Lopez-Paz & Ranzato 2017).
 
-    Negative where tasks are forgotten. Avalanche's ``StreamForgetting`` is its opposite.
+    Negative if tasks are forgotten. Avalanche's ``StreamForgetting`` is its opposite.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -194,9 +213,10 @@ def forward_transfer(matrix: Tensor, untrained: Tensor) -> float:
 
 
 def forgetting_measure(matrix: Tensor) -> float:
-    """Mean drop on earlier tasks, from the best accuracy each ever had to the end (Chaudhry et al. 2018, section 3).
+    """Mean drop on earlier tasks, from the best accuracy before the last task to the end.
 
-    At least as high as Avalanche's ``StreamForgetting``, which counts from the accuracy just after a task was learned.
+    Chaudhry et al. 2018, section 3. At least as high as Avalanche's ``StreamForgetting``, which counts from the
+    accuracy just after a task was learned.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -213,9 +233,9 @@ def forgetting_measure(matrix: Tensor) -> float:
 
 
 def intransigence(matrix: Tensor, joint: Tensor) -> float:
-    """Mean shortfall on each task when learned in sequence against learned jointly (Chaudhry et al. 2018, section 3).
+    """Mean shortfall on each task when learned in sequence, compared with joint training.
 
-    They define it for each task; this is the mean over all.
+    Chaudhry et al. 2018 (section 3) define it for each task; this is the mean over all tasks.
 
     Args:
         matrix: ``matrix[i, j]`` is the accuracy on task j after training on task i, shape ``(tasks, tasks)``.
@@ -242,7 +262,7 @@ def _check_targets(targets: Tensor, logits: Tensor) -> None:
 def _square(matrix: Tensor, tasks: int = 1) -> Tensor:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < tasks:
         raise ValueError(
-            f"The matrix of results has a row and a column for each of at least {tasks} tasks; "
+            f"The matrix of results has to be square, with a row and a column for each of at least {tasks} tasks; "
             f"got shape {tuple(matrix.shape)}."
         )
     return matrix

@@ -351,13 +351,6 @@ def with_configuration(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_targets_that_the_model_does_not_have_are_refused() -> None:
-    pair = (TOKENS, torch.cat([TOKENS[:, 1:], torch.full((8, 1), 40)], 1))
-    module = PairModule(HandWritten())
-    trainer = quiet_trainer(callbacks=[ForgettingMonitor({"known": [pair]})])
-    unchanged(module, MisconfigurationException, "token id 40", lambda: trainer.fit(module, loader_of(pair)))
-
-
 def test_rows_as_long_as_the_context_and_one_target_more_are_taken(tiny_llama: Make) -> None:
     module = PlainDescent(tiny_llama(max_position_embeddings=24))
     data = ReplayDataModule(mapping_loader(), 0.2, prior=torch.full((4, 25), 5), prior_share=1.0)
@@ -698,7 +691,7 @@ def test_a_trainer_of_the_other_package_is_refused(part: str, tiny_llama: Make) 
     data = (
         {"datamodule": ReplayDataModule(mapping_loader(), 0.2)} if wrapped else {"train_dataloaders": mapping_loader()}
     )
-    message = r"The Trainer \(Trainer\) is made of the `pytorch_lightning` package.*`import lightning as L`"
+    message = r"The Trainer \(Trainer\) is from the `pytorch_lightning` package.*`import lightning as L`"
     unchanged(module, TypeError, message, lambda: trainer.fit(module, **data))
 
 
@@ -707,7 +700,7 @@ def test_a_datamodule_of_the_other_package_is_refused() -> None:
         def train_dataloader(self) -> Any:
             return mapping_loader()
 
-    with pytest.raises(TypeError, match=r"`data` \(TheirData\) is made of the `pytorch_lightning` package"):
+    with pytest.raises(TypeError, match=r"`data` \(TheirData\) is from the `pytorch_lightning` package"):
         ReplayDataModule(TheirData())
 
 

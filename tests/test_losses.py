@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_replay import (
     divergence_from_top_k,
@@ -49,6 +50,56 @@ def test_bfloat16_logits_are_compared_in_32_bits() -> None:
     logits, reference = torch.randn(2, 2, 3, 7).bfloat16()
     torch.testing.assert_close(forward_kl(logits, reference), forward_kl(logits.float(), reference.float()))
     assert forward_kl(logits, reference).dtype == torch.float32
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Torch's default type as Lightning sets it inside a step under a true precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+def in_64_bits(kind: str, logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """Definitions of the divergences, computed on the same logits."""
+    p, q = ((each.double() / temperature).softmax(-1) for each in (logits, reference))
+    m = (p + q) / 2
+    terms = {
+        "forward": q * (q / p).log(),
+        "reverse": p * (p / q).log(),
+        "jensen_shannon": (q * (q / m).log() + p * (p / m).log()) / 2,
+    }
+    return terms[kind].sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+def test_losses_are_computed_in_32_bits_whatever_the_default_type(
+    default_dtype: torch.dtype, kind: Any, temperature: float
+) -> None:
+    given, reference = (2 * torch.randn(2, 2, 3, 12, dtype=torch.float64)).to(default_dtype)
+    logits, targets = given.clone().requires_grad_(), torch.randint(12, (2, 3))
+    divergence = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}[kind]
+    values = divergence(logits, reference, reduction="none", temperature=temperature)
+    top_k = top_k_log_probs(reference, 12, temperature)
+    cached = divergence_from_top_k(logits, *top_k, kind=kind, reduction="none", temperature=temperature)
+    next_token = next_token_loss(logits, targets)
+    assert values.dtype == cached.dtype == next_token.dtype == top_k[1].dtype == torch.float32
+    expected = in_64_bits(kind, given, reference, temperature).float()
+    torch.testing.assert_close(values.detach(), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(cached.detach(), expected, atol=2e-6, rtol=1e-5)
+    by_torch = nn.functional.cross_entropy(given.double().mT, targets)
+    torch.testing.assert_close(next_token.detach(), by_torch.float())
+    values.mean().backward()
+    hand = given.double().requires_grad_()
+    in_64_bits(kind, hand, reference, temperature).mean().backward()
+    assert logits.grad is not None
+    assert hand.grad is not None
+    # Computed in 32 bits and rounded once, to the type of the logits.
+    torch.testing.assert_close(
+        logits.grad.double(), hand.grad, atol=1e-7, rtol=max(torch.finfo(default_dtype).eps, 1e-4)
+    )
 
 
 def test_next_token_loss_equals_torch_and_honours_the_mask() -> None:
@@ -183,7 +234,7 @@ def test_top_k_of_a_vocabulary_in_which_the_tail_is_impossible_has_finite_gradie
     ("call", "message"),
     [
         (lambda: forward_kl(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), temperature=0.0), "`temperature`"),
-        (lambda: top_k_log_probs(torch.zeros(1, 2, 3), 4), "vocabulary's 3 tokens; got 4"),
+        (lambda: top_k_log_probs(torch.zeros(1, 2, 3), 4), "from 1 to 3, the size of the vocabulary; got 4"),
         (lambda: top_k_log_probs(torch.zeros(1, 2, 3), 0), "got 0"),
         (
             lambda: divergence_from_top_k(

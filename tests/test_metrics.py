@@ -31,7 +31,10 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 6), (2, 9)]
     return [
-        (torch.randn(*shape, 11, generator=generator), torch.randint(11, shape, generator=generator))
+        (
+            torch.randn(*shape, 11, generator=generator, dtype=torch.float32),
+            torch.randint(11, shape, generator=generator),
+        )
         for shape in shapes
     ]
 
@@ -44,6 +47,33 @@ def test_perplexity_and_loss_equal_torchmetrics_where_that_is_exact() -> None:
             metric.update(logits, targets)
     assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-6)
     assert float(loss.compute()) == pytest.approx(math.log(float(theirs.compute())), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TokenLoss, Perplexity, TokenAccuracy, KLDrift])
+def test_metrics_take_the_keyword_arguments_of_torchmetrics(kind: Any) -> None:
+    metric = kind(ignore_index=-1, sync_on_compute=False, compute_on_cpu=True)
+    assert (metric.ignore_index, metric.sync_on_compute, metric.compute_on_cpu) == (-1, False, True)
+    with pytest.raises(ValueError, match="Unexpected keyword arguments: `sync_on_computer`"):
+        kind(sync_on_computer=False)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_metrics_are_the_same_whatever_the_default_type(default: torch.dtype) -> None:
+    """As inside a validation step under `precision="bf16-true"`."""
+    values = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            metrics = TokenLoss(), TokenAccuracy(), KLDrift()
+            for logits, targets in batches():
+                logits = logits.bfloat16()
+                metrics[0].update(logits, targets)
+                metrics[1].update(logits, targets)
+                metrics[2].update(logits, logits.roll(1, -1), targets)
+            values.append([float(metric.compute()) for metric in metrics])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert values[0] == values[1]
 
 
 def test_the_loss_holds_where_torchmetrics_overflows() -> None:

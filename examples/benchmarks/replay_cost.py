@@ -284,7 +284,7 @@ def memory_arm(arm: str, name: str) -> None:
 def peak_memory() -> float:
     """The most memory that this process has held, in MB."""
     status = Path("/proc/self/status")
-    if status.exists():  # what `getrusage` tells begins with the parent's peak on Linux
+    if status.exists():  # on Linux, what `getrusage` returns includes the parent's peak
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return float(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

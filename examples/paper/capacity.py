@@ -4,8 +4,8 @@
 
 Small models are pretrained on the prior text, byte by byte, so the given model is not used. The narrowest is pretrained
 to a number of tokens for each of its parameters, the others to the prior loss that it has then. All are finetuned to
-one new-task loss over a sweep of coefficients; what counts is the lowest prior loss that a coefficient keeps. The
-narrowest is also finetuned without replay from earlier on in its pretraining.
+one new-task loss over a sweep of coefficients; the lowest prior loss over the coefficients counts. The
+narrowest is also finetuned without replay from earlier steps of its pretraining.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What finetuning a pretrained model with a coefficient gave, where it passed the new-task loss."""
+    """A pretrained model finetuned with a coefficient, measured when it passed the new-task loss."""
 
     start: Start
     coefficient: float
@@ -53,7 +53,7 @@ class Finetuned:
 
     @property
     def prior_loss(self) -> float:
-        """On held-out prior text; NaN if the run didn't come so far."""
+        """On held-out prior text; NaN if the run did not reach that loss."""
         return at_new_loss(self.points, self.level, "prior_loss")
 
     @property

@@ -1,8 +1,8 @@
-"""Claim of neighbouring work: the KL divergence from the first model tells forgetting.
+"""Claim of neighbouring work: the KL divergence from the first model predicts forgetting.
 
     python examples/paper/drift.py --model DIR --prior known.txt --new new.txt --other another.txt
 
-Over the last measurement of all runs that the other scripts finetune the model in; those that have been done are read.
+Uses the last measurement of each run in which the other scripts finetune the model; runs in the output folder are read.
 """
 
 import coefficients
@@ -48,7 +48,7 @@ def drift(lab: Lab) -> Report:
 
     (prior, prior_ranks), (new, new_ranks) = (correlations(key, "all runs") for key in TEXTS)
     return Report(
-        claim="KL drift tells forgetting",
+        claim="KL drift predicts forgetting",
         experiment=f"The ends of all {len(runs)} runs above that finetune the model: forgetting against the KL "
         "divergence from the first model",
         paper="the KL on the new task predicts forgetting (RL's Razor)",

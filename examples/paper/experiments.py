@@ -1,4 +1,4 @@
-"""What every script of this folder is started with: its arguments, its runs on worker processes, and its files."""
+"""What all scripts of this folder share: command-line arguments, runs on worker processes, and result files."""
 
 import argparse
 import csv
@@ -78,10 +78,10 @@ QUICK = Scale(
 
 
 class Lab:
-    """Does the runs of all scripts, each once, on worker processes; what a run gave is kept, and it is never repeated.
+    """Does the runs of all scripts, each once, on worker processes; results are kept, so no run is repeated.
 
     Args:
-        options: What the command line says.
+        options: The options of the command line.
         pool: The worker processes.
     """
 
@@ -99,7 +99,7 @@ class Lab:
         self.new = Text(options.new, options.new_column)
         self.other = Text(options.other or options.prior)
         self._pool = pool
-        self._lock = RLock()  # a run that is done at once tells of it while it is begun
+        self._lock = RLock()  # the callback of a run that is done at once is called while the lock is held
         self._begun: dict[str, Future[dict[str, Any]]] = {}
         self._finished = 0
 
@@ -140,10 +140,10 @@ class Lab:
             key = run.key
             if key not in self._begun:
                 self._begun[key] = self._pool.submit(perform, run, self.folder)
-                self._begun[key].add_done_callback(lambda future: self._tell(run, future))
+                self._begun[key].add_done_callback(lambda future: self._report(run, future))
             return self._begun[key]
 
-    def _tell(self, run: Run, future: Future[dict[str, Any]]) -> None:
+    def _report(self, run: Run, future: Future[dict[str, Any]]) -> None:
         if future.cancelled() or future.exception() is not None:
             return
         with self._lock:
@@ -153,7 +153,7 @@ class Lab:
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Do a run, or read what it gave when it was done."""
+    """Do a run, or read its result if it was done before."""
     file = folder / "runs" / f"{run.key}.json"
     if not file.exists():
         started = time.perf_counter()
@@ -301,7 +301,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def fill(page: Path, region: str, text: str) -> None:
-    """Put text between ``<!-- region -->`` and ``<!-- end of region -->`` in a Markdown file, where it has them."""
+    """Put text between ``<!-- region -->`` and ``<!-- end of region -->`` in a Markdown file that has these marks."""
     begin, end = f"<!-- {region} -->", f"<!-- end of {region} -->"
     old = page.read_text(encoding="utf-8")
     new = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
@@ -309,7 +309,7 @@ def fill(page: Path, region: str, text: str) -> None:
 
 
 def cell(values: Iterable[float], form: str = "+.3f") -> str:
-    """Mean and half the distance of the extremes; what is not a number is counted and left out."""
+    """Mean and half the distance of the extremes; values that are not a number are counted and left out."""
     values = list(values)
     known = [value for value in values if value == value]
     if not known:

@@ -33,16 +33,16 @@ class Way:
 
     @property
     def name(self) -> str:
-        """What it says in tables and pictures."""
+        """Its label in tables and pictures."""
         return scientific(self.rate) + (f", {self.fraction:.0%} replay" if self.fraction else "")
 
     def values(self, name: str) -> list[float]:
-        """Something that is measured, where each run passed the level."""
+        """A measured quantity of each run, at the step at which it passed the level."""
         return [at_new_loss(run, self.level, name) for run in self.runs]
 
     @property
     def forgotten(self) -> list[float]:
-        """Forgetting of each run where it passed the level."""
+        """Forgetting of each run at the step at which it passed the level."""
         return [forgetting(run, self.level) for run in self.runs]
 
     @property
@@ -86,7 +86,7 @@ def learning_rate(lab: Lab) -> Report:
     reached = [way for way in plain if not isnan(way.place[0])]
     least = min(reached, key=lambda way: way.place[1])
     best = min(replayed, key=lambda way: way.place[1])
-    # The fastest replay that keeps as much as the best rate without; where none does, the one that keeps most.
+    # The fastest replay that forgets no more than the best rate without; if there is none, the one that forgets least.
     match = min((way for way in replayed if way.place[1] <= least.place[1]), key=lambda w: w.place[0], default=best)
     seconds, forgotten = least.place
 

@@ -3,8 +3,8 @@
     python examples/paper/run_all.py --model DIR --prior known.txt --new new.txt --other another.txt --output runs/paper
 
 Writes ``results.md`` and each script's picture and CSV file. Every run is kept in the output folder, so a command that
-was stopped goes on where it was. Takes nearly two hours on two cores for a model of 650,000 parameters; ``--quick``
-shows in a minute that it works.
+was stopped continues where it stopped. Takes nearly two hours on two cores for a model of 650,000 parameters;
+``--quick`` shows in a minute that it works.
 """
 
 from capacity import capacity

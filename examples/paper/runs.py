@@ -248,7 +248,7 @@ class Recorder(ForgettingMonitor):
 
     Args:
         sets: Held-out sets by name.
-        every: Optimizer steps between measurements; in the beginning, where losses fall fast, a fifth of that.
+        every: Optimizer steps between measurements; at the beginning, when losses fall fast, a fifth of that.
         kl: Whether to measure KL divergences from the first model.
         watched: The set whose loss ends the run.
         until: The loss to stop at, if any.
@@ -274,7 +274,7 @@ class Recorder(ForgettingMonitor):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure when it is time, and stop the run where its level is reached."""
+        """Measure when it is due, and stop the run when its level is reached."""
         step = trainer.global_step
         if step % self.every == 0 or (step < self.every and step % self.every_n_steps == 0):
             self._stop_clocks()
@@ -325,7 +325,7 @@ class Keeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is time."""
+        """Save when it is due."""
         if trainer.global_step in self.steps:
             self._save(trainer, pl_module)
 
@@ -361,7 +361,7 @@ def train(
 
 
 def prepare_worker() -> None:
-    """Make a process one that trains on one core, in silence: two of them do more than one on two cores."""
+    """Train on one core in this process, without progress bars: two such processes do more than one on two cores."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -399,7 +399,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def at_new_loss(trajectory: Sequence[Point], level: float, name: str) -> float:
-    """What a run measured where it passed a new-task loss, between two measurements by linear interpolation.
+    """What a run measured when it passed a new-task loss, by linear interpolation between two measurements.
 
     Args:
         trajectory: What was measured, in order.
@@ -407,7 +407,7 @@ def at_new_loss(trajectory: Sequence[Point], level: float, name: str) -> float:
         name: The attribute of ``Point`` that is asked for.
 
     Returns:
-        The value at the first passage; NaN where the run begins below the level or doesn't come so far.
+        The value at the first passage; NaN if the run begins below the level or does not reach it.
     """
     for before, after in pairwise(trajectory):
         if after.new_loss <= level <= before.new_loss:
@@ -418,6 +418,6 @@ def at_new_loss(trajectory: Sequence[Point], level: float, name: str) -> float:
 
 
 def forgetting(trajectory: Sequence[Point], level: float | None = None) -> float:
-    """Rise of the prior loss since the first measurement, at the end or where a run passed a new-task loss."""
+    """Rise of the prior loss since the first measurement, at the end or when a run passed a new-task loss."""
     loss = trajectory[-1].prior_loss if level is None else at_new_loss(trajectory, level, "prior_loss")
     return loss - trajectory[0].prior_loss

@@ -1,6 +1,7 @@
 """What ``SelfGeneratedReplay`` refuses: arguments without effect, and rows that the model can't take."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -9,11 +10,35 @@ from lightning_replay.callbacks.replay_loss import ReplayLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens
 from lightning_replay.references.reference import Cached, Reference, reference_of
 from lightning_replay.sampling.sampling import Sampling
+from lightning_replay.utilities.validation import is_whole
 
-__all__ = ["DEFAULT_COEFFICIENT", "changed_settings", "check_buffer", "check_prior", "refuse_what_has_no_effect"]
+__all__ = [
+    "DEFAULT_COEFFICIENT",
+    "changed_settings",
+    "check_buffer",
+    "check_numbers",
+    "check_prior",
+    "refuse_what_has_no_effect",
+]
 
 DEFAULT_COEFFICIENT = 10.0
 """What the replay loss is multiplied by if nothing else is asked for, as in arXiv 2605.26097."""
+
+
+def check_numbers(refill_rows: Any, uses_per_sample: Any, sequence_length: Any, seed: Any) -> None:
+    """Refuse numbers that are out of their range.
+
+    Raises:
+        ValueError: With the name of the first one.
+    """
+    if refill_rows != "auto" and not is_whole(refill_rows, 1):
+        raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
+    if not is_whole(uses_per_sample, 1):
+        raise ValueError(f"`uses_per_sample` is at least 1; got {uses_per_sample!r}.")
+    if sequence_length is not None and not is_whole(sequence_length, 2):
+        raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length!r}.")
+    if seed is not None and not is_whole(seed, 0):
+        raise ValueError(f"`seed` is a whole number, at least 0, or None; got {seed!r}.")
 
 
 def changed_settings(sampling: Sampling, others: Mapping[str, bool]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The callback that watches held-out prior data, so that forgetting is seen while it happens."""
+"""The callback that measures forgetting on held-out prior data during training."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,14 +9,16 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
-from lightning_replay.data.batches import Batches, right_padded
+from lightning_replay.data.batches import Batches, ModelInputs, inputs_and_targets
 from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
@@ -24,6 +26,7 @@ from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.reference import Auto, Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
+from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.validation import check_package, is_whole
 
 __all__ = ["ForgettingMonitor"]
@@ -34,48 +37,53 @@ PriorSet = pl.LightningDataModule | Batches
 class ForgettingMonitor(Callback):
     """Measures a language model on held-out prior data before, during and after training.
 
-    Once at fit start, then every ``every_n_steps`` optimizer steps and at the end, each prior set is evaluated, in
-    evaluation mode, without touching the global random state. The values go to every logger at the step at which
-    Lightning logs the next batch's loss, which is that of the weights measured: ``trainer.global_step``, but for a
-    module with several optimizers, whose steps count one by one there. They also go into ``trainer.callback_metrics``,
-    so ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. For each set:
+    It evaluates each prior set at fit start, every ``every_n_steps`` optimizer steps and at the end, in evaluation mode
+    and without changing the global random state. The values go to every logger, at the step at which Lightning logs the
+    loss of the next batch, which is a loss of the same weights: ``trainer.global_step``, except for modules with
+    several optimizers, whose steps that adds up. They also go to ``trainer.callback_metrics``, so ``ModelCheckpoint``
+    and ``EarlyStopping`` can monitor them. For each set:
 
     - ``forgetting/<name>``: rise of the loss since fit start, in nats a token; positive is worse.
     - ``prior_loss/<name>``: next-token loss, in nats a token; ``prior_perplexity/<name>``: its exponential.
-    - ``prior_accuracy/<name>``: share of next tokens that the model thinks most likely.
+    - ``prior_accuracy/<name>``: share of next tokens that are the model's most likely ones.
     - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
 
     ``forgetting/seconds`` is the time that all monitors of the Trainer have spent on this so far.
 
     Note:
-        Several processes read every set in the same order, each evaluates its share of the batches, and all know the
-        figures of the whole. Where the weights are sharded, each evaluates all batches.
+        With several processes, each reads every set in the same order and evaluates its share of the batches, and the
+        values are those of the whole set. With sharded weights, each evaluates all batches.
 
     Note:
-        A callback that swaps weights in the same hooks, such as ``WeightAveraging``, decides by its place in the
-        list of callbacks which weights are measured.
+        If another callback swaps weights in the same hooks, as ``WeightAveraging`` does, the order of the callbacks
+        determines which weights are measured.
+
+    Note:
+        Packed rows are measured as the model is trained on them: with their ``position_ids`` and, if the batch has one,
+        their ``attention_mask``. Hugging Face models keep documents apart if there is no mask.
 
     Args:
-        prior: Held-out sets by name: each a dataloader, or any iterable that can be read more than once, of batches as
-            the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor of tokens.
-            Of a datamodule, what it holds out is measured: its ``val_dataloader``.
-        every_n_steps: Optimizer steps between measurements; 0 for fit start and end alone.
-        max_batches: How many batches of each set to read at most; all of them by default. A set without a length, which
-            might never end, needs it.
+        prior: Held-out sets by name. Each is a dataloader, or another iterable that can be read more than once, of
+            batches as the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor
+            of tokens. Or a datamodule, whose ``val_dataloader`` is measured.
+        every_n_steps: Optimizer steps between measurements; 0 for fit start and end only.
+        max_batches: The largest number of batches to read of each set; all by default. Required for a set without a
+            length, which might never end.
         kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
-            ``SelfGeneratedReplay`` where that keeps it, else a copy of the weights.
-        language_model: Where the language model is in the LightningModule, as an attribute path; found by itself where
-            left out, as in ``SelfGeneratedReplay``.
-        save_reference: Where a copy of its own is saved: ``"inside"`` each checkpoint or ``"beside"`` them, as for
+            ``SelfGeneratedReplay`` if that keeps it, else a copy of the weights.
+        language_model: Where the language model is in the LightningModule, as an attribute path. By default that of the
+            Trainer's ``SelfGeneratedReplay``; without one, it is found in the same way.
+        save_reference: Where the monitor's own copy is saved: ``"inside"`` each checkpoint or ``"beside"`` them, as for
             ``Copy``.
 
     Raises:
-        TypeError: If ``prior`` holds something else; before the first step, if the Trainer is not ``lightning``'s.
-        ValueError: If ``prior`` is empty, two sets have one name, a set can be read only once or has no length, or a
-            number is out of its range.
-        MisconfigurationException: Before the first step, if a prior set has no batch, one that can't be measured or one
-            that the model has no room or no tokens for, another monitor of the Trainer has a set of the same name,
-            or no logits are found.
+        TypeError: If ``prior`` holds something else, or one set is several loaders; before the first step, if the
+            Trainer is not ``lightning``'s.
+        ValueError: If ``prior`` is empty, two sets have the same name, a set can be read only once or has no length, or
+            a number is out of range.
+        MisconfigurationException: Before the first step, if a prior set has no batch, or a batch that can't be measured
+            or that exceeds the model's context or vocabulary; if another monitor of the Trainer has a set of the same
+            name; or if no logits are found.
 
     Example:
         >>> import torch
@@ -99,7 +107,7 @@ class ForgettingMonitor(Callback):
             raise ValueError("`prior` names at least one held-out set, as in {'stories': loader}; got none.")
         if "seconds" in names:
             raise ValueError(
-                "A prior set can't be named 'seconds': `forgetting/seconds` is the time that measuring took."
+                "A prior set can't be named 'seconds': `forgetting/seconds` logs the time that measuring takes."
             )
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
@@ -160,9 +168,9 @@ class ForgettingMonitor(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._own_reference.begin_training()
-        self._model = find_language_model(pl_module, self.language_model)
+        self._model = find_language_model(pl_module, self._language_model(trainer))
         if self._resumed:
-            # Other callbacks may ask for what was measured last before it is measured again.
+            # Other callbacks may monitor the last values before the next measurement.
             publish(trainer, self._values)
             return
         if self._keeper(trainer).resumed_from(trainer) is not None:
@@ -229,15 +237,15 @@ class ForgettingMonitor(Callback):
         self._measured_at = state_dict["measured_at"]
         self._values = dict(state_dict.get("values", {}))
         self.seconds = state_dict.get("seconds", 0.0)
-        self._resumed = bool(self.baseline)  # none, where it was saved before the first step
+        self._resumed = bool(self.baseline)  # empty if it was saved before the first step
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Evaluate every prior set and hand the values to the loggers and to other callbacks."""
+        """Evaluate every prior set, log the values and publish them to other callbacks."""
         values: dict[str, float] = {}
         started = time.perf_counter()
         with isolate_rng():
             if trainer.world_size > 1:
-                torch.manual_seed(0)  # a loader that shuffles does so alike in every process
+                torch.manual_seed(0)  # a loader that shuffles does so equally in every process
             for name in self.prior:
                 values |= self._evaluate(trainer, pl_module, name)
         elapsed = time.perf_counter() - started
@@ -261,17 +269,19 @@ class ForgettingMonitor(Callback):
         for index, batch in enumerate(self._loaders[name]):
             if index == self.max_batches:
                 break
+            heed_sigterm(trainer)
             if index % processes != rank:
                 continue
-            tokens, targets = (part.to(pl_module.device) for part in self._checked(name, batch, model))
+            inputs = self._checked(name, batch, model)
+            targets = inputs.targets.to(pl_module.device)
             with trainer.precision_plugin.val_step_context():
                 with evaluating(model.module):
-                    logits = model.logits(tokens)
+                    logits = _logits(model, inputs, pl_module.device)
                 loss.update(logits, targets)
                 accuracy.update(logits, targets)
                 if reference is not None:
                     with reference.active() as before:
-                        drift.update(logits, before.logits(tokens), targets)
+                        drift.update(logits, _logits(before, inputs, pl_module.device), targets)
         with loss.sync_context():
             empty = not loss.count
         if empty:
@@ -289,12 +299,19 @@ class ForgettingMonitor(Callback):
         }
         return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
 
-    def _checked(self, name: str, batch: Any, model: LanguageModel) -> tuple[Tensor, Tensor]:
-        """What the model is asked on a batch and what it should answer, if it can be asked that."""
+    def _checked(self, name: str, batch: Any, model: LanguageModel) -> ModelInputs:
+        """What the model is given for a batch and what it is to predict, if both are valid."""
         try:
-            tokens, targets = right_padded(batch)
-        except TypeError as error:
+            inputs = inputs_and_targets(batch, model.vocabulary).right_padded()
+        except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"The prior set {name!r} can't be measured. {error}") from error
+        tokens, targets = inputs.tokens, inputs.targets
+        if inputs.has_own_positions and not model.takes_positions:
+            raise MisconfigurationException(
+                f"The prior set {name!r} can't be measured. Its rows have `position_ids` of their own, as packed rows "
+                f"do, and {type(model.module).__name__} takes no argument of that name. Give each document a row of "
+                "its own, or add the argument."
+            )
         if tokens.numel() and int(tokens.min()) < 0:
             raise MisconfigurationException(
                 f"The prior set {name!r} holds the token id {int(tokens.min())}. Pad `input_ids` with a token and mark "
@@ -307,10 +324,18 @@ class ForgettingMonitor(Callback):
                 f"The prior set {name!r} has rows of {tokens.shape[1]} tokens, but {type(model.module).__name__} takes "
                 f"{model.context} at most. Cut the rows to that."
             )
-        return tokens, targets
+        return inputs
+
+    def _language_model(self, trainer: pl.Trainer) -> str | None:
+        """The path of the language model: this callback's, or else that of the Trainer's ``SelfGeneratedReplay``."""
+        if self.language_model is not None:
+            return self.language_model
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        paths = (callback.language_model for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
+        return next((path for path in paths if path is not None), None)
 
     def _keeper(self, trainer: pl.Trainer) -> ReferenceKeeper:
-        """The replay callback's reference where that is the model at fit start, so that no second copy is kept."""
+        """The replay callback's reference if that is the model at fit start, to keep no second copy."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         keepers = (callback.reference for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
         return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
@@ -326,20 +351,38 @@ def _pairs(prior: Any) -> list[tuple[str, PriorSet]]:
     return pairs
 
 
+def _logits(model: LanguageModel, inputs: ModelInputs, device: torch.device) -> Tensor:
+    """The logits of a model on a batch, given what the user's own call gives it.
+
+    Padding on the right needs no mask. Packed rows keep theirs: whether a model then keeps documents apart is up to it.
+    """
+    if not inputs.has_own_positions:
+        return model.logits(inputs.tokens.to(device))
+    mask, positions = inputs.attention_mask, inputs.position_ids
+    assert positions is not None
+    return model.logits(inputs.tokens.to(device), None if mask is None else mask.to(device), positions.to(device))
+
+
 def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
-    """Refuse a prior set that can't be read again and again."""
+    """Raise an error for a prior set that is no loader or can't be read repeatedly."""
     check_package(loader, f"The prior set {name!r}")
     kinds = (pl.LightningDataModule, Iterable)
     if not isinstance(name, str) or not isinstance(loader, kinds) or isinstance(loader, str):
         raise TypeError(
             f"`prior` has a loader of batches or a datamodule under each name; got {loader!r} under {name!r}."
         )
+    several = isinstance(loader, (list, tuple)) and any(isinstance(each, DataLoader) for each in loader)
+    if several or isinstance(loader, (CombinedLoader, Mapping)):
+        raise TypeError(
+            f"A prior set is one dataloader, but {name!r} is a {type(loader).__name__} of several. Give each a name of "
+            "its own, as in `{'stories': first_loader, 'code': second_loader}`."
+        )
     if isinstance(loader, pl.LightningDataModule):
-        return  # its loader is looked at when it has been set up
+        return  # its loader is checked once it is set up
     if isinstance(loader, Iterator):
         raise ValueError(
             f"The prior set {name!r} is a {type(loader).__name__}, which can be read only once, but it is measured "
-            "again and again. Pass a loader, or a list of its batches."
+            "repeatedly. Pass a loader, or a list of its batches."
         )
     if max_batches is None and sized_len(loader) is None:
         raise ValueError(

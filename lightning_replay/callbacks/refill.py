@@ -27,7 +27,14 @@ from lightning_replay.references.cached import cache_reference
 from lightning_replay.references.models import FrozenCopy, ReferenceModel
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.utilities.distributed import LostProcessError
-from lightning_replay.utilities.logging import log_samples, log_values, next_step
+from lightning_replay.utilities.logging import (
+    decoded,
+    known_ids,
+    log_samples,
+    log_values,
+    next_step,
+    undecodable_share,
+)
 from lightning_replay.utilities.progress import heed_sigterm, refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
@@ -315,7 +322,7 @@ class SampledRows(RowSource):
             if buffer.top_k:  # on each rank: one forward a row costs less than sending its results
                 between = functools.partial(advance, 0)
                 cache = functools.partial(cache_reference, active, made, buffer.top_k, self.temperature, between)
-                made = processes.together(cache)
+                made = processes.run_on_all_ranks(cache)
         return _Made(made, quality, generator, time.perf_counter() - started)
 
     def _keep_old_rows(self, buffer: ReplayBuffer, step: int, error: Exception) -> None:
@@ -335,7 +342,8 @@ class SampledRows(RowSource):
         )
 
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
-        length = self.length or max(length for (length,) in supply.fit.feed.processes.numbers(row_length(batch)))
+        lengths = supply.fit.feed.processes.gather_ints(row_length(batch))
+        length = self.length or max(length for (length,) in lengths)
         self.generator.check_length(length, supply.fit.model)
         top_k = min(self.top_k, supply.fit.model.vocabulary)
         rows = self._refill_rows(supply, batch)
@@ -347,7 +355,7 @@ class SampledRows(RowSource):
         """How many rows to sample at a time."""
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.fit.trainer, supply.fit.feed, batch)
+        used = _rows_of_the_run(supply.fit, batch)
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
         needed = math.ceil(used / self.uses)
@@ -367,10 +375,13 @@ class SampledRows(RowSource):
     def _log(self, supply: Supply, made: _Made) -> None:
         trainer, tokenizer = supply.fit.trainer, supply.fit.tokenizer
         step = next_step(trainer)
-        log_values(trainer, {f"replay/quality/{name}": value for name, value in made.quality.items()}, step)
+        quality, known = dict(made.quality), known_ids(tokenizer)
+        if known is not None:
+            quality["undecodable"] = undecodable_share(made.rows.tokens, made.rows.lengths, known)
+        log_values(trainer, {f"replay/quality/{name}": value for name, value in quality.items()}, step)
         rows = made.rows.take(torch.arange(min(supply.fit.previews, len(made.rows.tokens))))
         samples = [row[:length] for row, length in zip(rows.tokens.tolist(), rows.lengths.tolist(), strict=True)]
-        log_samples(trainer, [_text(sample, tokenizer) for sample in samples], step)
+        log_samples(trainer, [decoded(sample, tokenizer, known) for sample in samples], step)
 
 
 def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
@@ -384,24 +395,16 @@ def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
             heed_sigterm(trainer)
 
 
-def _rows_of_the_run(trainer: pl.Trainer, feed: RowFeed, batch: Any) -> int | None:
-    """How many replay rows the whole fit will draw, on all ranks, if its length is known."""
+def _rows_of_the_run(fit: Fit, batch: Any) -> int | None:
+    """How many sampled rows the whole fit will draw, on all ranks, if its length is known."""
+    trainer, feed = fit.trainer, fit.feed
     batches = float(trainer.num_training_batches)
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
     total = min(batches * epochs, steps)
     if math.isinf(total):
         return None
-    counts = feed.processes.numbers(math.ceil(total), rows_in(batch))
+    counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
-    return max(1, math.ceil(round(feed.share.replay_rows(new_rows), 6)))
-
-
-def _text(sample: list[int], tokenizer: Any) -> Any:
-    """A sample as text, or as its ids if there is no tokenizer."""
-    if tokenizer is None:
-        return str(sample)
-    try:
-        return tokenizer.decode(sample)
-    except AttributeError:  # LitGPT's takes a tensor
-        return tokenizer.decode(torch.tensor(sample))
+    real = 0.0 if fit.data is None or fit.data.prior is None else fit.data.prior_share
+    return max(1, math.ceil(round(feed.share.replay_rows(new_rows) * (1 - real), 6)))

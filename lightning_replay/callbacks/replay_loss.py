@@ -1,4 +1,4 @@
-"""The losses that replay can add to the user's own."""
+"""The losses that replay adds to the user's loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": 
 
 
 class ReplayLoss(ABC):
-    """A loss on replay rows. A subclass with ``__call__`` is all that a loss of your own takes.
+    """A loss on replay rows. For a custom loss, subclass it and define ``__call__``.
 
     Example:
         >>> class UnlikelyTokens(ReplayLoss):
@@ -43,20 +43,20 @@ class ReplayLoss(ABC):
     """
 
     rows: ClassVar[Literal["replay", "batch", "new"]] = "replay"
-    """``"replay"``: replay rows take a forward of their own. ``"batch"``: they join the user's batch, and no loss is
-    added. ``"new"``: the loss is taken on the user's own rows, and there are no replay rows."""
+    """``"replay"``: the loss is computed on replay rows, in a separate forward. ``"batch"``: replay rows join the
+    user's batch, and no loss is added. ``"new"``: the loss is computed on the user's rows; there are no replay rows."""
 
     needs_reference: ClassVar[bool] = True
-    """Whether the loss asks for the reference's logits."""
+    """Whether the loss uses the reference's logits."""
 
     takes_cached: ClassVar[bool] = False
     """Whether the loss can be computed from a cached reference: ``rows.top_ids`` and ``rows.top_log_probs``."""
 
     temperature: float = 1.0
-    """What logits are divided by, those of a cached reference included."""
+    """Divides the logits, including those of a cached reference."""
 
     pure_function: ClassVar[str] = ""
-    """The function of ``lightning_replay`` to call in a training step that optimizes by itself."""
+    """The function of ``lightning_replay`` to call in a training step with manual optimization."""
 
     def cached(self, reference: Reference) -> Cached | None:
         """The reference if rows carry its log-probabilities for this loss, else None."""
@@ -121,7 +121,7 @@ class KL(ReplayLoss):
         _check_temperature(self.temperature)
 
     def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
-        """The divergence on replay rows; from cached log-probabilities if the rows carry them."""
+        """The divergence on replay rows; from cached log-probabilities if the rows have them."""
         if rows.top_ids is not None and rows.top_log_probs is not None:
             return divergence_from_top_k(
                 logits,
@@ -145,7 +145,7 @@ class KL(ReplayLoss):
 
 @dataclass(frozen=True)
 class NextToken(ReplayLoss):
-    """Next-token loss on replay rows (``"ntp"``). It needs no reference beside the samples."""
+    """Next-token loss on replay rows (``"ntp"``). It needs no reference model."""
 
     needs_reference: ClassVar[bool] = False
     pure_function: ClassVar[str] = "next_token_loss"
@@ -172,7 +172,7 @@ class Mixed(ReplayLoss):
         Raises:
             TypeError: Always.
         """
-        raise TypeError("The loss on replay rows that joined the batch is the user's own.")
+        raise TypeError("`loss='mixed'` has no loss of its own: replay rows join the batch, whose loss is the user's.")
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,10 @@ _LOSSES: dict[LossName, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed"
 
 
 def replay_loss_of(given: LossName | ReplayLoss) -> ReplayLoss:
-    """The loss that a string stands for, with its defaults; a loss itself as it is.
+    """Return the loss of a name, with its defaults; a ``ReplayLoss`` is returned unchanged.
 
     Raises:
-        ValueError: If the string stands for none.
+        ValueError: If the name is unknown.
 
     Example:
         >>> replay_loss_of("kl")
@@ -231,4 +231,4 @@ def replay_loss_of(given: LossName | ReplayLoss) -> ReplayLoss:
 
 def _check_temperature(temperature: float) -> None:
     if not is_number(temperature) or not temperature > 0:
-        raise ValueError(f"`temperature` divides the logits and is above 0; got {temperature!r}.")
+        raise ValueError(f"`temperature` divides the logits and has to be above 0; got {temperature!r}.")

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.checks import (
     DEFAULT_COEFFICIENT,
+    check_numbers,
     refuse_what_has_no_effect,
 )
 from lightning_replay.callbacks.refill import Fit, SampledRows
@@ -33,7 +34,7 @@ from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import check_strategy
 from lightning_replay.utilities.logging import log_hparams, plain
-from lightning_replay.utilities.validation import check_choice, check_package, is_whole
+from lightning_replay.utilities.validation import check_choice, check_package
 
 __all__ = ["SelfGeneratedReplay"]
 
@@ -55,29 +56,24 @@ class SelfGeneratedReplay(Callback):
     It works with any loader or datamodule. Wrap the data in a ``ReplayDataModule`` for what touches the data: rows that
     join the batch, real prior rows, folders of rows that were generated ahead, a buffer of your own.
 
-    Logged on every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
-    ``replay/buffer_fill`` (share of the buffer that is filled), ``replay/age`` (optimizer steps since the rows of this
-    step were sampled) and ``replay/uses`` (how often they have been drawn), ``replay/sampling_seconds``,
-    ``replay/loss_seconds`` (forwards and losses of replay, without their backward), ``replay/rows_sampled`` and
-    ``replay/dropped/<filter>`` (totals so far). At each refill: ``replay/quality/`` with ``distinct_1`` and
-    ``distinct_2`` (distinct n-grams over all n-grams), ``repetition`` (share of a sample's 4-grams that repeat earlier
-    ones), ``log_prob`` (nats a token under the model sampled, which is π for ``source="reference"``), ``ended`` (share
-    of samples with the end token), ``length`` and ``degenerate`` (share of samples that are empty or one repeated
-    token); a few samples go to TensorBoard, Weights & Biases and MLflow as text. The arguments are logged as
-    hyper-parameters, under ``SelfGeneratedReplay/``.
+    Logged at every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
+    ``replay/buffer_fill``, ``replay/age`` (optimizer steps since the rows of this step were sampled), ``replay/uses``
+    (how often they have been drawn) and, as totals, ``replay/sampling_seconds``, ``replay/loss_seconds`` (without the
+    backward), ``replay/rows_sampled`` and ``replay/dropped/<filter>``. At each refill: a few samples as text, and
+    ``replay/quality/<measure>`` (see ``lightning_replay.sampling.statistics``). The arguments are hyper-parameters
+    under ``SelfGeneratedReplay/``.
 
     Note:
         If the replay fraction is 0, nothing is sampled, copied or wrapped, except for ``"lwf"``, which has no replay
         rows. Sampling touches neither the global random state nor the modes of the model.
 
     Note:
-        With a folder of rows that ``lightning-replay generate`` wrote, ``ReplayDataModule(buffer=folder)``, nothing is
-        sampled: each row is read when it is due. ``reference="cached"`` takes the log-probabilities that were generated
-        with them. The folder keeps the settings of sampling.
+        With ``ReplayDataModule(buffer=folder)``, a folder that ``lightning-replay generate`` wrote, nothing is sampled:
+        rows are read when they are due. ``reference="cached"`` takes the log-probabilities that are kept with them.
 
     Note:
-        ``BatchSizeFinder`` and ``LearningRateFinder`` try steps before π is taken, so without replay, and what they try
-        leaves no trace. Leave memory for the replay rows and the reference.
+        ``BatchSizeFinder`` and ``LearningRateFinder`` try steps before π is taken, so without replay and without a
+        trace. Leave memory for the replay rows and the reference.
 
     Note:
         With several processes, each samples a part of a refill, and all have the rows that one process would have.
@@ -167,14 +163,7 @@ class SelfGeneratedReplay(Callback):
         """The arguments as hyper-parameters: numbers and texts as they are, objects as mappings."""
 
         check_choice("source", source, Source)
-        if refill_rows != "auto" and not is_whole(refill_rows, 1):
-            raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
-        if not is_whole(uses_per_sample, 1):
-            raise ValueError(f"`uses_per_sample` is at least 1; got {uses_per_sample!r}.")
-        if sequence_length is not None and not is_whole(sequence_length, 2):
-            raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length!r}.")
-        if seed is not None and not is_whole(seed, 0):
-            raise ValueError(f"`seed` is a whole number, at least 0, or None; got {seed!r}.")
+        check_numbers(refill_rows, uses_per_sample, sequence_length, seed)
         self._feed = RowFeed(ReplayShare(REPLAY_FRACTION if replay_fraction is None else replay_fraction))
         self.loss = replay_loss_of(loss)
         self.source: Source = source
@@ -184,7 +173,7 @@ class SelfGeneratedReplay(Callback):
         self.language_model = language_model
         self.seed = seed
         self.reference = ReferenceKeeper(reference_of(reference))
-        self.step = ReplayStep(self.loss, coefficient, self.ignore_index)
+        self.step = ReplayStep(self.loss, coefficient)
         cached = self.loss.cached(self.reference.reference)
         self.rows = SampledRows(
             RowGenerator(sampling),
@@ -225,18 +214,15 @@ class SelfGeneratedReplay(Callback):
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
-            function = (
-                f"add `lightning_replay.{self.loss.pure_function}` to your loss"
-                if self.loss.pure_function
-                else ("add the loss")
-            )
+            pure = self.loss.pure_function
+            function = f"add `lightning_replay.{pure}` to your loss" if pure else "add the loss"
             raise MisconfigurationException(
                 f"{type(self.loss).__name__} is added to the loss that `training_step` returns, but "
                 f"{type(pl_module).__name__} optimizes manually (`automatic_optimization=False`). Use `loss='mixed'` "
                 f"with a ReplayDataModule, and {function} yourself."
             )
         self._data = self._find_data(trainer)
-        if self.loss.rows == "new" or self._feed_of_fit.share.fraction:
+        if self.loss.rows == "new" or self.feed.share.fraction:
             check_strategy(trainer, "SelfGeneratedReplay")
         if self._data is not None:
             # Lightning logs them with the module's. Of two separate records, TensorBoard would show only one.
@@ -261,22 +247,23 @@ class SelfGeneratedReplay(Callback):
         self.reference.begin_training()
         if self._data is None:
             log_hparams(trainer, {"SelfGeneratedReplay": self.hparams})
-        if self.loss.rows != "new" and not self._feed_of_fit.share.fraction:
+        if self.loss.rows != "new" and not self.feed.share.fraction:
             return
         self._model = model = find_language_model(pl_module, self.language_model)
         self._began, self._tokens_before = self._seconds_so_far(), self.rows.tokens_sampled
         if self.loss.rows == "new":
             self.reference.get(trainer, model)
             self._wrap_step(trainer, pl_module, model, None)
+            self._follow(trainer, model)
             return
         if self.seed is None:
-            self.seed = self._feed_of_fit.processes.first(torch.initial_seed())
+            self.seed = self.feed.processes.broadcast(torch.initial_seed())
         tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
-        fit = Fit(trainer, model, self._feed_of_fit, self._data, tokenizer, self.seed, self.previews)
+        fit = Fit(trainer, model, self.feed, self._data, tokenizer, self.seed, self.previews)
         self._drawn_from, disconnect = self._supply.connect(fit)
         self._undo.append(disconnect)
         if self.loss.rows == "replay":
-            self._wrap_step(trainer, pl_module, model, self._feed_of_fit)
+            self._wrap_step(trainer, pl_module, model, self.feed)
         self._follow(trainer, model)
 
     @override
@@ -302,7 +289,7 @@ class SelfGeneratedReplay(Callback):
             }
         if self._drawn_from is not None:
             values |= self._drawn_from.measures()
-            drawn = self._feed_of_fit.drawn
+            drawn = self.feed.drawn
             if drawn is not None and drawn.uses is not None and drawn.steps is not None:
                 values["replay/uses"] = float(drawn.uses.double().mean())
                 values["replay/age"] = trainer.global_step - float(drawn.steps.double().mean())
@@ -315,7 +302,7 @@ class SelfGeneratedReplay(Callback):
         total, sampling, loss = (now - then for now, then in zip(self._seconds_so_far(), self._began, strict=True))
         line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
         if self.loss.rows != "new":
-            feed = self._feed_of_fit
+            feed = self.feed
             line += (
                 f", {sampling / total:.1%} into sampling {self.rows.tokens_sampled - self._tokens_before:,} tokens; "
                 f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
@@ -376,10 +363,10 @@ class SelfGeneratedReplay(Callback):
     @property
     def drawn(self) -> ReplayRows | None:
         """This rank's replay rows of the current batch, on the CPU; None if it has none."""
-        return self._feed_of_fit.drawn
+        return self.feed.drawn
 
     @property
-    def _feed_of_fit(self) -> RowFeed:
+    def feed(self) -> RowFeed:
         """Draws the replay rows of this fit."""
         return self._feed if self._data is None else self._data.feed
 
@@ -408,7 +395,7 @@ class SelfGeneratedReplay(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None
     ) -> None:
         reference = functools.partial(self.reference.get, trainer, model)
-        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed))
+        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed, self.seed or 0, self.ignore_index))
 
     def _seconds_so_far(self) -> tuple[float, float, float]:
         """Of the clock, in sampling, and in the replay loss."""

@@ -1,4 +1,4 @@
-"""What replay adds to the loss of the user's `training_step`, without an edit to it."""
+"""Adding the replay loss to what the user's `training_step` returns."""
 
 import functools
 import math
@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.observed_targets import observed_targets
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
-from lightning_replay.data.batches import inputs_and_targets
 from lightning_replay.data.feed import RowFeed
-from lightning_replay.head_chunks import LinearHead
-from lightning_replay.models.head import HiddenStates, OutputHeads
-from lightning_replay.models.hooks import ObservedForward, observed_forward
+from lightning_replay.models.head import OutputHeads
+from lightning_replay.models.hooks import observed_forward
 from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.references.hidden import reference_hidden
 from lightning_replay.references.models import ReferenceModel
+from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import is_number
 
 __all__ = ["ReplayStep"]
@@ -30,26 +30,24 @@ class ReplayStep:
 
     Args:
         loss: The replay loss.
-        coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step.
-        ignore_index: The label that the user's loss leaves out.
+        coefficient: The factor of the replay loss: a number, or a function of the optimizer step.
 
     Attributes:
-        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None if there
-            was none yet.
-        last_coefficient: What it was multiplied by.
-        seconds: Wall-clock time spent in forwards and losses of replay, as the host measures it: an accelerator may
-            still be at work. The backward is not included.
+        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None before the
+            first.
+        last_coefficient: Its factor.
+        seconds: Wall-clock time of forwards and losses of replay, without the backward. It is measured on the host,
+            without synchronizing the device.
 
     Raises:
         ValueError: If ``coefficient`` is negative or not a number.
     """
 
-    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float], ignore_index: int) -> None:
+    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float]) -> None:
         if not callable(coefficient):
             _check_coefficient(coefficient, "`coefficient`")
         self.loss = loss
         self.coefficient = coefficient
-        self.ignore_index = ignore_index
         self.last_loss: Tensor | None = None
         self.last_coefficient = 0.0
         self.seconds = 0.0
@@ -62,13 +60,18 @@ class ReplayStep:
         model: LanguageModel,
         reference: Callable[[], ReferenceModel],
         feed: RowFeed | None,
+        seed: int,
+        ignore_index: int,
     ) -> Callable[[], None]:
-        """Put a step that adds the replay loss in the place of the module's own, as an attribute of the instance.
+        """Replace the module's step by one that adds the replay loss, as an attribute of the instance.
 
         It runs wherever Lightning runs `training_step`: inside DDP's forward, inside autocast, before the loss is
         divided for gradient accumulation. So the replay loss is scaled and synchronized as the user's is. If several
-        ranks average their gradients, each weighs its replay loss by its share of the target tokens, so that all count
-        the same.
+        ranks average their gradients, each weights its replay loss by its share of the target tokens, so that all
+        tokens count the same.
+
+        If the user's step returns nothing that can be trained on (None, or a loss without a graph), its output is
+        returned unchanged, so that Lightning skips the step or raises its own error.
 
         Args:
             trainer: The Trainer.
@@ -76,9 +79,12 @@ class ReplayStep:
             model: The language model in it.
             reference: Returns the reference model.
             feed: Draws the replay rows; None for a loss on the new rows.
+            seed: Seed of what is random in the forward of replay rows, such as dropout. The global random state, and
+                with it the dropout of the user's own forwards, stays as it would be without replay.
+            ignore_index: The label that the user's loss ignores, for a loss on the new rows.
 
         Returns:
-            A function that puts everything back.
+            A function that restores the module's step.
         """
         original, self.last_loss = pl_module.training_step, None
         self._heads = OutputHeads()
@@ -90,11 +96,12 @@ class ReplayStep:
             step = functools.partial(original, *args, **kwargs)
             weight = 1.0
             if feed is None:
-                output, loss = self._on_new_rows(model, reference, step, args[0])
+                output, loss = self._on_new_rows(model, reference, step, args[0], ignore_index)
             else:
                 weight = feed.weight
-                output, loss = self._on_replay_rows(model, reference, step, feed.drawn)
-            if output is None or loss is None:  # None is Lightning's way to skip a step
+                key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
+                output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key)
+            if loss is None:
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
             return _with_added_loss(output, self.last_coefficient * weight * loss)
@@ -109,10 +116,11 @@ class ReplayStep:
         reference: Callable[[], ReferenceModel],
         step: Callable[[], Any],
         drawn: ReplayRows | None,
+        key: tuple[int, ...],
     ) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the loss on the rows drawn for it."""
+        """The output of the user's step, and the loss on the rows drawn for it."""
         output = step()
-        if output is None or drawn is None:
+        if not _has_graph(output) or drawn is None:
             return output, None
         started = time.perf_counter()
         rows = drawn.to(model.device)
@@ -122,53 +130,54 @@ class ReplayStep:
             with reference().active() as active:
                 return active.logits(tokens)
 
-        loss = self._from_hidden(model, reference, rows, tokens) if self.loss.takes_hidden else None
-        if loss is None:
-            loss = self.loss(model.logits(tokens), rows, reference_logits)
+        with own_randomness(model.device, *key):
+            loss = self._from_hidden(model, reference, rows, tokens) if self.loss.takes_hidden else None
+            if loss is None:
+                loss = self.loss(model.logits(tokens), rows, reference_logits)
         self.seconds += time.perf_counter() - started
         return output, loss
 
     def _from_hidden(
         self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
     ) -> Tensor | None:
-        """The loss on replay rows, without logits of the whole batch; None if whole logits are to be taken.
-
-        The reference comes first: its hidden states and its head are all that is left of it when the model is called.
-        """
+        """The loss on replay rows, without logits of the whole batch; None if whole logits are to be taken."""
         if self._heads.of(model) is None:
             return None
-        before: HiddenStates | None = None
+
+        def call(asked: LanguageModel) -> Tensor:
+            return asked.logits(tokens)
+
+        before = None
         if self.loss.asks_reference(rows):
-            source = reference()
-            with source.active() as active:
-                # A layer with an adapter is another one when the adapter is switched on again.
-                stays = source.weights_stay
-
-                def keep(given: HiddenStates) -> HiddenStates | None:
-                    is_own = isinstance(given.head, LinearHead) or active.module is not model.module
-                    return given.kept(copy=not (stays and is_own))
-
-                before = self._heads.run(active, lambda asked: asked.logits(tokens), keep)
+            before = reference_hidden(self._heads, reference(), model, call)
             if before is None:
                 return None
-        loss = functools.partial(self.loss.on_hidden, rows=rows, reference=before)
-        return self._heads.run(model, lambda asked: asked.logits(tokens), loss)
+        return self._heads.run(model, call, functools.partial(self.loss.on_hidden, rows=rows, reference=before))
 
     def _on_new_rows(
-        self, model: LanguageModel, reference: Callable[[], ReferenceModel], step: Callable[[], Any], batch: Any
+        self,
+        model: LanguageModel,
+        reference: Callable[[], ReferenceModel],
+        step: Callable[[], Any],
+        batch: Any,
+        ignore_index: int,
     ) -> tuple[Any, Tensor | None]:
-        """What the user's step returns, and the divergence on the rows of its own batch."""
+        """The output of the user's step, and the divergence on the rows of its own batch."""
         with observed_forward(model) as observed:
             output = step()
-        if output is None:
-            return None, None
+        if not _has_graph(output):
+            return output, None
         if observed.logits is None:
             raise _never_called(model)
+        trained = [name for name, value in observed.arguments.items() if getattr(value, "requires_grad", False)]
+        if trained:
+            raise _trained_inputs(model, trained)
         started = time.perf_counter()
         with reference().active() as active:
             reference_logits = observed.ask(active)
         assert isinstance(self.loss, LwF)
-        loss = self.loss.on_logits(observed.logits, reference_logits, _new_targets(batch, observed, self.ignore_index))
+        mask = observed_targets(batch, observed, model.vocabulary, ignore_index)
+        loss = self.loss.on_logits(observed.logits, reference_logits, mask)
         self.seconds += time.perf_counter() - started
         return output, loss
 
@@ -180,38 +189,31 @@ class ReplayStep:
         return float(value)
 
 
-def _new_targets(batch: Any, observed: ObservedForward, ignore_index: int) -> Tensor | None:
-    """True where the next token of a new row is neither padding nor left out of the user's loss; None if unknown.
-
-    The batch knows best; where it is of a kind of its own, the arguments of the model's call may tell.
-    """
-    assert observed.logits is not None
-    rows, positions = observed.logits.shape[:2]
-    targets: Tensor | None
-    try:
-        targets = inputs_and_targets(batch)[2]
-    except TypeError:
-        targets = observed.argument("labels")
-        attention = observed.argument("attention_mask")
-        if targets is None and attention is not None:
-            targets = attention.long() - 1  # padding counts as left out
-        targets = None if targets is None else F.pad(targets[:, 1:], (0, 1), value=-100)
-    if targets is None or len(targets) != rows or targets.shape[1] < positions:
-        return None
-    targets = targets[:, :positions]
-    return (targets >= 0) & (targets != ignore_index)
-
-
 def _never_called(model: LanguageModel) -> MisconfigurationException:
     return MisconfigurationException(
-        f"`training_step` never called {type(model.module).__name__}, whose logits replay needs. Call the "
-        "module itself, not its `forward`, or say with `language_model` which module it does call."
+        f"`training_step` never called {type(model.module).__name__}, whose logits `loss='lwf'` needs. Call the "
+        "module itself, not its `forward`, or name the module that it calls with `language_model`."
+    )
+
+
+def _trained_inputs(model: LanguageModel, names: list[str]) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`loss='lwf'` calls the reference model with the arguments that `training_step` calls "
+        f"{type(model.module).__name__} with, but {names} are computed with weights that train, so the reference would "
+        "not predict what the model predicted before finetuning. Call the model with token ids, freeze these weights, "
+        "or use a loss on replay rows."
     )
 
 
 def _check_coefficient(value: Any, what: str) -> None:
     if not is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{what} is what the replay loss is multiplied by, at least 0 and finite; got {value!r}.")
+        raise ValueError(f"{what} is the factor of the replay loss, at least 0 and finite; got {value!r}.")
+
+
+def _has_graph(output: Any) -> bool:
+    """Whether what a step returned is a loss, or a mapping with one, that gradients flow from."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return isinstance(loss, Tensor) and loss.requires_grad
 
 
 def _with_added_loss(output: Any, loss: Tensor) -> Any:
@@ -221,7 +223,7 @@ def _with_added_loss(output: Any, loss: Tensor) -> Any:
 
 
 def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> None:
-    """Give back the step that the instance had of its own, or else that of its class."""
+    """Restore the step that the instance had as an attribute, or else that of its class."""
     del pl_module.training_step
     if of_instance is not None:
         pl_module.training_step = of_instance  # type: ignore[method-assign]

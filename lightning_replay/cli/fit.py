@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command and its options, as in ``["fit", "--config", "run.yaml"]``.
     """
-    # `${model.model}` in a config means that config, though a command's settings are a part of the whole.
+    # `${model.model}` refers to the config that it is in, although this is one subcommand's part of all settings.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     _CommandLine(
         CausalLM,

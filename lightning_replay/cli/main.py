@@ -1,12 +1,14 @@
 """The `lightning-replay` command."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 from lightning_replay.__about__ import __version__
 from lightning_replay.cli import fit
@@ -56,39 +58,56 @@ def _generate(output: Path, **settings: Any) -> None:
 _RUN: dict[str, Callable[..., None]] = {"demo": _demo, "report": _report, "generate": _generate}
 
 
+class _Help(DefaultHelpFormatter):
+    """Keeps the command in an example whole, so that it can be copied."""
+
+    @override
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+
+
 def _parser() -> ArgumentParser:
-    """The parser of all commands; LightningCLI has its own for the options of those that train and measure."""
+    """The parser of all commands; LightningCLI parses the options of those that train and measure."""
     parser = ArgumentParser(
         prog="lightning-replay",
         version=__version__,
+        formatter_class=_Help,
         description="Finetune language models in PyTorch Lightning without forgetting. "
         "Example: lightning-replay demo --output demo",
     )
     commands = parser.add_subcommands(dest="command")
 
     demo = ArgumentParser(
+        formatter_class=_Help,
         description="Learn a sequence of small tasks, without and with replay. "
-        "Example: lightning-replay demo --output demo"
+        "Example: lightning-replay demo --output demo",
     )
     demo.add_argument("--output", type=Path, default=Path("lightning-replay-demo"), help="Folder for the results.")
     demo.add_argument("--seed", type=int, default=0, help="Seed of weights, problems and samples.")
     commands.add_subcommand("demo", demo, help="Learn a sequence of small tasks, without and with replay.")
 
     report = ArgumentParser(
-        description="Write a page of what runs have logged: forgetting, new task, time, samples. "
-        "Example: lightning-replay report runs"
+        formatter_class=_Help,
+        description="Write a page of the logs of runs: forgetting, new task, time, samples. "
+        "Example: lightning-replay report runs",
     )
     report.add_argument("runs", type=Path, nargs="+", help="Folder with CSV or TensorBoard logs in it.")
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="Folder for the page.")
     report.add_argument(
-        "--new_loss", type=str | None, default=None, help="Key of the new task's loss; val/loss, else train/loss."
+        "--new_loss",
+        type=str | None,
+        default=None,
+        help="Key of the new task's loss; by default val/loss, else train/loss.",
     )
-    commands.add_subcommand("report", report, help="Write a page of what runs have logged.")
+    commands.add_subcommand("report", report, help="Write a page of the logs of runs.")
 
     generate = ArgumentParser(
+        formatter_class=_Help,
         description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). If it is "
         "interrupted, run it again: it continues where it stopped. "
-        "Example: lightning-replay generate --model gpt2 --rows 10000 --sequence_length 128 --output rows"
+        "Example: lightning-replay generate --model gpt2 --rows 10000 --sequence_length 128 --output rows",
     )
     generate.add_argument("--config", action="config", help="A YAML file with the settings.")
     generate.add_function_arguments(generate_rows, as_group=False)

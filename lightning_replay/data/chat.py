@@ -33,7 +33,7 @@ class ChatDataModule(DocumentDataModule):
     Conversations that are longer than ``sequence_length`` are cut at their end; those in which nothing is left that
     the assistant says are dropped.
 
-    Replay of the same kind is ``SelfGeneratedReplay(prompts="chat", stop_at_eos=True)``.
+    Replay of the same kind is ``SelfGeneratedReplay(sampling=Sampling(prompts="chat"))``.
 
     Args:
         data: A local file (``.jsonl``, ``.json``, ``.parquet`` and others, also compressed), a local folder, or the

@@ -100,7 +100,7 @@ class RowFeed:
         if not self.share.fraction or self.source is None or self.source.is_empty:
             return None
         rows = count(batch)
-        everyone = self.processes.numbers(rows, token_count(batch))
+        everyone = self.processes.gather_ints(rows, token_count(batch))
         kept, takers = self.share.deal([total for total, _ in everyone])
         self.new_tokens += sum(
             tokens * stay // total for stay, (total, tokens) in zip(kept, everyone, strict=True) if total

@@ -348,9 +348,9 @@ class ReplayDataModule(pl.LightningDataModule):
         if processes.size == 1:
             return
         for buffer in (self.buffer, self.prior):
-            state = processes.first(None if buffer is None else buffer.state_dict())
+            state = processes.broadcast(None if buffer is None else buffer.state_dict())
             if buffer is not None and state is not None:
-                processes.together(functools.partial(buffer.load_state_dict, state))
+                processes.run_on_all_ranks(functools.partial(buffer.load_state_dict, state))
 
     def _show_as_wrapped(self) -> None:
         """Take over the hooks, hyper-parameters and switches of the wrapped datamodule."""

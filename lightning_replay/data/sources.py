@@ -122,7 +122,7 @@ class ShardRows(RowSource):
 
     def _read(self) -> None:
         shards = self.shards
-        rows = self._processes.together(shards.next_rows)
+        rows = self._processes.run_on_all_ranks(shards.next_rows)
         assert rows.uses is not None
         if self.buffer is None:
             self.buffer = ReplayBuffer(shards.read_rows, shards.length, seed=shards.order_seed, top_k=shards.top_k_read)

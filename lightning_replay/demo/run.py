@@ -1,6 +1,6 @@
 """The demo: a small transformer learns a sequence of tasks, once without and once with self-generated replay.
 
-Everything happens through the package's public API, as it would in a user's own script.
+It uses the public API, as a script of a user does.
 """
 
 import copy
@@ -62,7 +62,7 @@ LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
 STEPS = 400
 FIRST_TASK_STEPS = 1500
-"""The first task is learned until ``LEARNED``, with these steps as a limit; the others for ``STEPS``."""
+"""The first task is trained to an accuracy of ``LEARNED``, for at most these steps; the others for ``STEPS``."""
 LEARNED = 0.995
 MEASURE_EVERY = 25
 HELD_OUT = 400
@@ -70,10 +70,10 @@ HELD_OUT = 400
 
 @dataclass
 class Run:
-    """What one way of learning the sequence of tasks gave.
+    """The measurements of one arm, which learns the whole sequence of tasks.
 
     Attributes:
-        steps: Optimizer steps behind each measurement, over the whole sequence.
+        steps: Optimizer steps before each measurement, over the whole sequence.
         curves: Accuracy of each task at each of those steps.
         matrix: A row for each task learned so far: the accuracy of every task after it.
         ends: The step at which each task's training ended.
@@ -87,7 +87,7 @@ class Run:
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """The final figures, as they stand in ``results.json``."""
+        """The final figures, as ``results.json`` holds them."""
         matrix = torch.tensor(self.matrix, dtype=torch.float64)
         return {
             "accuracy": dict(zip(TASKS, self.matrix[-1], strict=True)),
@@ -99,7 +99,7 @@ class Run:
 
 
 class _TaskAccuracy(Callback):
-    """Measures every task while one of them is learned: the share of problems whose whole answer is right."""
+    """Measures all tasks while one is learned: the share of problems whose whole answer is right."""
 
     def __init__(self, run: Run, progress: Progress, lines: ProgressLines, label: str, until: float | None) -> None:
         self.run = run
@@ -145,7 +145,7 @@ class _TaskAccuracy(Callback):
         return accuracies
 
     def _accuracy(self, pl_module: pl.LightningModule, rows: torch.Tensor) -> float:
-        """Greedy decoding is right exactly where every token of the answer is the likeliest one after those before."""
+        """Greedy decoding is right exactly if each token of the answer is the likeliest one after those before it."""
         with evaluating(pl_module):
             likeliest = pl_module(rows[:, :-1]).logits.argmax(-1)
         right = likeliest[:, ANSWER.start - 1 :] == rows[:, ANSWER]
@@ -155,15 +155,15 @@ class _TaskAccuracy(Callback):
 def demo(output: Path, seed: int = 0) -> dict[str, Any]:
     """Learn the tasks one after another, without and with replay; write ``results.json`` and ``accuracy.png``.
 
-    The first task is learned once: before there is anything to replay, the two runs are the same. What the others log
-    goes to ``logs``, for ``lightning-replay report``.
+    The first task is learned once and shared, because there is nothing to replay yet. The logs of the other tasks go to
+    ``logs``, for ``lightning-replay report``.
 
     Args:
-        output: Folder to write to; made where it is missing.
+        output: Folder to write to; made if it is missing.
         seed: Seed of the weights, the problems and the samples.
 
     Returns:
-        What stands in ``results.json``.
+        The content of ``results.json``.
     """
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def demo(output: Path, seed: int = 0) -> dict[str, Any]:
     _draw(runs, output / "accuracy.png")
     console.print(_table(results))
     console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}.")
-    console.print(f"A page of what was logged on the way: lightning-replay report {output}")
+    console.print(f"For a page of the logs: lightning-replay report {output}")
     return results
 
 
@@ -191,18 +191,18 @@ def learn_sequence(
     first_steps: int = FIRST_TASK_STEPS,
     logs: Path | None = None,
 ) -> dict[str, Run]:
-    """Learn the tasks one after another, once for each arm; the first task, learned once, is shared by all.
+    """Learn the tasks one after another in each arm; the first task is learned once and shared by all arms.
 
     Args:
-        arms: By name, a function of the tasks learned so far that returns the replay callback; None for no replay.
+        arms: For each arm, a function of the tasks learned so far that returns the replay callback; None for no replay.
         seed: Seed of the weights, the problems and the samples.
-        console: Where progress is shown.
+        console: The console that shows progress.
         steps: Optimizer steps of each task but the first.
-        first_steps: Optimizer steps of the first task at most; it ends where it has been learned.
-        logs: Folder for CSV logs of replay and forgetting, with a folder for each arm and task; none if left out.
+        first_steps: Optimizer steps of the first task at most; training stops when the task has been learned.
+        logs: Folder for CSV logs of replay and forgetting, with a folder for each arm and task; None for no logs.
 
     Returns:
-        What each arm gave.
+        The measurements of each arm.
     """
     tasks, runs, lines = list(TASKS), {}, ProgressLines()
     with quiet_lightning(), _bars(console) as progress:
@@ -233,13 +233,13 @@ def _small_transformer() -> LlamaForCausalLM:
 
 
 def replay_of(tasks: Sequence[str], reference: ReferenceName | Reference = "auto") -> SelfGeneratedReplay:
-    """Samples that begin with the tokens of the tasks learned so far, an even share of each."""
+    """Replay of samples that begin with the tokens of the tasks learned so far, an even share of each."""
     return SelfGeneratedReplay(
         loss="kl",
         coefficient=3.0,
         reference=reference,
         sequence_length=ROW_LENGTH,
-        # All that the run uses, or as many at a time.
+        # Cached rows are sampled once, all that the run uses.
         refill_rows="auto" if isinstance(reference_of(reference), Cached) else 1024,
         sampling=Sampling(prompts=[[task_token(task)] for task in tasks]),
     )
@@ -298,7 +298,7 @@ def _bars(console: Console) -> Progress:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Seven short fits need no banner each, nor advice on loaders that are meant to be as they are."""
+    """Silence Lightning's banners, and its advice on loaders, over the seven short fits."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
     levels = [logger.level for logger in loggers]
     try:

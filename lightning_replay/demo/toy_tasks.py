@@ -1,7 +1,7 @@
 """Four small algorithmic tasks on pairs of numbers, after the toy experiment of arXiv 2605.26097.
 
-Reversal and sorting are the paper's; its two additions take a tiny model hundreds of thousands of problems to learn,
-too long for a demo, so shorter tasks stand in their place.
+Reversal and sorting are the paper's tasks. Its two additions take a tiny model hundreds of thousands of problems to
+learn, which is too long for a demo, so two shorter tasks replace them.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "increment": lambda digits: (digits + 1) % 10,
     "swap": lambda digits: digits.roll(2, 1),
 }
-"""What each task makes of the four digits, in the order in which the tasks are learned."""
+"""The function that each task applies to the four digits, in the order in which the tasks are learned."""
 
 _SEPARATOR, _EQUALS, END, _FIRST_TASK = range(10, 14)
 VOCABULARY = _FIRST_TASK + len(TASKS)
@@ -28,11 +28,11 @@ ROW_LENGTH = 12
 """Tokens in a row: task, two digits, separator, two digits, equals, four digits, end."""
 
 ANSWER = slice(7, ROW_LENGTH)
-"""Where in a row the answer and its end token stand."""
+"""The columns of the answer and its end token."""
 
 
 def task_token(task: str) -> int:
-    """The token that a task's rows begin with."""
+    """The first token of a task's rows."""
     return _FIRST_TASK + list(TASKS).index(task)
 
 

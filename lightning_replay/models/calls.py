@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "argument_names",
+    "base_argument_names",
     "evaluating",
     "find_logits",
     "find_state",
@@ -97,6 +98,12 @@ def may_take_state(module: nn.Module) -> bool:
     """Whether a module may keep what it has read between calls, by its signature or through its ``**kwargs``."""
     base: Any = uncompiled(module)
     return state_argument(module) is not None or is_adapted(base) or _takes_any_keyword(base)
+
+
+def base_argument_names(module: nn.Module) -> list[str]:
+    """The names of a model's arguments; those of the wrapped model for a PEFT model, which passes them on."""
+    base: Any = uncompiled(module)
+    return argument_names(base.get_base_model() if is_adapted(base) else base)
 
 
 def _takes_any_keyword(module: nn.Module) -> bool:

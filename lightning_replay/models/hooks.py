@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -29,9 +30,28 @@ class ObservedForward:
         self._kwargs: dict[str, Any] = {}
 
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook: keep arguments and logits."""
-        if self.logits is None and torch.is_grad_enabled():
-            self.logits, self._args, self._kwargs = self._model.logits_in(output), args, kwargs
+        """Forward hook: keep arguments and logits.
+
+        Raises:
+            MisconfigurationException: If the call returned no logits.
+        """
+        if self.logits is not None or not torch.is_grad_enabled():
+            return
+        try:
+            self.logits = self._model.logits_in(output)
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"`loss='lwf'` takes the divergence on the logits of your step's own call, but "
+                f"{type(module).__name__} returned none ({error}), as models patched for fused losses do when labels "
+                "are given. Switch the fused loss off, or use `loss='kl'`, whose rows take a forward of their own."
+            ) from error
+        self._args, self._kwargs = args, kwargs
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the call, by name; positional ones that the signature doesn't name by number."""
+        unnamed = (f"argument {number}" for number in range(len(self._names), len(self._args)))
+        return dict(zip([*self._names[: len(self._args)], *unnamed], self._args, strict=True)) | self._kwargs
 
     def argument(self, *names: str) -> Tensor | None:
         """The first of these arguments of the call that is a tensor of the logits' rows and positions."""

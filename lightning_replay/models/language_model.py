@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_replay.models.calls import (
     argument_names,
+    base_argument_names,
     evaluating,
     find_logits,
     is_adapted,
@@ -52,7 +53,7 @@ class LanguageModel:
             ``(rows, length, vocabulary)``: as they are, as ``output.logits``, under the key ``"logits"``,
             or in a tuple, as the tensor of that shape.
         vocabulary: Size of the last dimension of its logits.
-        context: The longest row that it takes, where its configuration tells.
+        context: The longest row that it takes, if its configuration has it.
         has_cache: Whether it keeps what it has read between calls, the Hugging Face way: keys and values, or the
             state of a recurrent model.
     """
@@ -67,6 +68,11 @@ class LanguageModel:
         """Where its weights are."""
         weights = [*self.module.parameters(), *self.module.buffers()]
         return weights[0].device if weights else torch.device("cpu")
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether it takes the position of each token, as the argument ``position_ids``."""
+        return "position_ids" in base_argument_names(self.module)
 
     def on(self, module: nn.Module) -> "LanguageModel":
         """The same description of another module with the same call, such as a copy."""
@@ -85,12 +91,16 @@ class LanguageModel:
         """
         return find_logits(output, self.vocabulary)
 
-    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Next-token logits of every position.
 
         Args:
             tokens: Token ids, shape ``(rows, length)``, on any device.
             attention_mask: Non-zero on real tokens, the same shape. Left out of the call if None.
+            position_ids: The position of each token, the same shape, for a model that ``takes_positions``. Left out of
+                the call if None.
 
         Returns:
             Shape ``(rows, length, vocabulary)``, in the module's own type, where the tokens are.
@@ -98,6 +108,11 @@ class LanguageModel:
         options: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.device)}
         if self.has_cache:
             options["use_cache"] = False
+        if position_ids is not None:
+            options["position_ids"] = position_ids.to(self.device)
+            # With a cache, Hugging Face models don't keep packed documents apart.
+            if "use_cache" in base_argument_names(self.module):
+                options["use_cache"] = False
         return self.logits_in(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
 
@@ -195,7 +210,7 @@ def weights_hash(module: nn.Module, adapter: bool = True) -> str:
 
 
 def _context(module: nn.Module) -> int | None:
-    """The longest row that a model takes, if its configuration tells; numbers such as -1 stand for unknown."""
+    """The longest row that a model takes, if its configuration has it; numbers such as -1 stand for unknown."""
     config = getattr(module, "config", None)
     holders = (config, getattr(config, "text_config", None))
     found = [getattr(holder, name, None) for holder in holders for name in _CONTEXT_NAMES]

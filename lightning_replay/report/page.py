@@ -1,4 +1,4 @@
-"""The report: one page and its pictures, of what runs with the callbacks have logged."""
+"""The report: one page and its pictures, drawn from the logs of runs with the callbacks."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
 __all__ = ["against_new_task", "report"]
 
 NEW_LOSSES = ("val/loss", "val_loss", "train/loss", "train_loss")
-"""Keys of the new task's loss, the best first."""
+"""Keys of the new task's loss, in order of preference."""
 SECONDS = {
     "replay/sampling_seconds": "sampling",
     "replay/loss_seconds": "replay loss",
@@ -38,7 +38,7 @@ QUALITY = {
     "ended": "Samples with the end token",
     "length": "Tokens in a sample",
 }
-"""Titles of the pictures of ``replay/quality/``."""
+"""Titles of the pictures of ``replay/quality/``, by measure."""
 
 
 @dataclass
@@ -48,10 +48,10 @@ class _Section:
     Attributes:
         title: Its heading.
         text: What the pictures show and how to read them.
-        pictures: As SVG to stand in the page.
+        pictures: The pictures, as SVG for the page.
         runs: Names of the runs in the pictures.
         missing: What could not be drawn, and why.
-        small: Whether the pictures are small ones.
+        small: Whether the pictures are small.
     """
 
     title: str
@@ -69,7 +69,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Column:
-    """A figure of each run; ``best`` is which of them to print in bold."""
+    """One figure of each run; ``best`` selects the one to print in bold."""
 
     key: str
     group: str
@@ -89,12 +89,12 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     """Write ``report.html``, a page that needs no other file, and its pictures as PNG.
 
     Args:
-        folders: Where the logs of runs are; see ``read_runs``.
-        output: Folder to write to; made where it is missing.
+        folders: Folders with the logs of runs; see ``read_runs``.
+        output: Folder to write to; made if it is missing.
         new_loss: Key of the new task's loss; by default the one of ``NEW_LOSSES`` that most runs have.
 
     Returns:
-        What was written, the page first.
+        The files written, the page first.
 
     Raises:
         NothingToReportError: If a folder is missing, no run made with the callbacks is found, or ``new_loss`` is
@@ -109,7 +109,7 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     sections = [_forgetting(runs, sets, new_loss, pictures), _time(runs, pictures), _quality(runs, pictures)]
     notes = [note for run in runs for note in run.notes]
     if left_out:
-        notes.append(f"Left out, as they logged nothing of the callbacks: {', '.join(left_out)}.")
+        notes.append(f"Left out, because they have no values of the callbacks: {', '.join(left_out)}.")
     columns = _columns(runs, sets, new_loss)
     page = _template().render(
         version=__version__,
@@ -154,7 +154,7 @@ def _columns(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str) -> list
 
 
 def _rows(runs: Sequence[RunLog], columns: Sequence[_Column]) -> list[list[_Cell]]:
-    """The last figures of each run; of two runs that show the same, neither is better."""
+    """The last figures of each run. If all show the same figure, none is marked as the best."""
     rows: list[list[_Cell]] = [[] for _ in runs]
     for column in columns:
         values = [run.last(column.key) for run in runs]
@@ -171,12 +171,12 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
     section = _Section(
         "Forgetting",
         "Forgetting is the rise of the loss on a held-out prior set since fit start, in nats a token. Against the "
-        "new task's loss it shows the price of learning: of two runs, the lower one at the same new-task loss has "
-        "kept more. The large dot is a run's end.",
+        "new task's loss it shows the price of learning: of two runs at the same new-task loss, the lower one has "
+        "forgotten less. The large dot marks the end of a run.",
     )
     averaged = new_loss.startswith("train")
     if averaged:
-        section.text += f" `{new_loss}` is of single batches; a dot is its mean between two measurements."
+        section.text += f" `{new_loss}` is the loss of single batches; each dot is its mean between two measurements."
     for name in sets:
         forgetting, prior_loss = f"forgetting/{name}", f"prior_loss/{name}"
         if curves := _curves(runs, forgetting):
@@ -198,13 +198,15 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
             section.add(drawn, curves)
         section.missing += _missing(runs, forgetting)
     if not sets:
-        section.missing += ["No run has logged `forgetting/<name>`, as a ForgettingMonitor does."]
+        section.missing += [
+            "No run has logged `forgetting/<name>`. Add a ForgettingMonitor to the Trainer's callbacks."
+        ]
     section.missing += _missing(runs, new_loss)
     return section
 
 
 def _time(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
-    section = _Section("Time", "What replay and monitoring have cost, in seconds of the whole run.")
+    section = _Section("Time", "The time that replay and monitoring took, in seconds over the whole run.")
     logged = {key: part for key, part in SECONDS.items() if any(key in run.values for run in runs)}
     timed = [run for run in runs if any(key in run.values for key in logged)]
     if timed:
@@ -217,8 +219,8 @@ def _time(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
 def _quality(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
     section = _Section(
         "Quality of the samples",
-        "Of each refill of the replay buffer. Samples that repeat themselves, or get likelier and less distinct from "
-        "refill to refill, are worth less as replay.",
+        "Measured at each refill. Samples that repeat themselves, or become likelier and less distinct from refill to "
+        "refill, protect less.",
         small=True,
     )
     for measure, title in QUALITY.items():
@@ -238,11 +240,11 @@ def _series(run: RunLog, key: str) -> Curve:
 
 
 def against_new_task(run: RunLog, prior: str, new: str, averaged: bool) -> Curve:
-    """New-task loss and prior loss behind the same optimizer steps.
+    """New-task loss and prior loss after the same numbers of optimizer steps.
 
-    The monitor logs at the number of steps behind the weights, Lightning at the index of the last one. What is
-    measured in between is the prior loss on the straight line from one measurement to the next; new-task losses after
-    the last measurement, as a run that was stopped has them, are left out.
+    The monitor logs at the number of steps taken, Lightning at the index of the last step. Between two measurements,
+    the prior loss is interpolated linearly. New-task losses after the last measurement, which a run that was stopped
+    has, are left out.
     """
     measured_at, prior_losses = (np.array(values, dtype=float) for values in _series(run, prior))
     steps, new_losses = (np.array(values, dtype=float) for values in _series(run, new))
@@ -262,7 +264,7 @@ def _missing(runs: Sequence[RunLog], key: str) -> list[str]:
 
 
 def _not_in(key: str, names: Sequence[str], runs: Sequence[RunLog]) -> list[str]:
-    """The line that says which runs lack a key, if any."""
+    """A line with the runs that lack a key; no line if none does."""
     if len(names) == len(runs):
         return [f"No run has logged `{key}`."]
     return [f"`{key}` was not logged by {', '.join(names)}."] if names else []
@@ -285,5 +287,5 @@ def _template() -> jinja2.Template:
 
 
 def _code(text: str) -> Markup:
-    """Escaped text, with what stands between backticks as code."""
+    """Escaped text, with the parts between backticks as code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))

@@ -1,4 +1,4 @@
-"""The report's pictures: each is drawn once, as SVG for the page and as PNG for elsewhere."""
+"""The report's pictures: each is drawn once and written as SVG, for the page, and as PNG."""
 
 import io
 import re
@@ -27,13 +27,13 @@ Curve = tuple[list[float], list[float]]
 """Values of x and of y."""
 
 STEPS = "optimizer steps"
-"""Label of an axis of whole numbers."""
+"""Label of the axis of steps, whose ticks are whole numbers."""
 
 _COLORS = ("#3b7dd8", "#d9701a", "#2a9d62", "#a35bc7", "#d64550", "#1296a6", "#b08400", "#c2559d")
-"""Each has a contrast of at least 3 with the page, light and dark."""
+"""Each has a contrast ratio of at least 3 with the page, light and dark."""
 _DASHES = ((), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0))
 _INK = "#2b2f36"
-"""Of text and axes: as it is in a PNG, the colour of the page's text in the page."""
+"""The color of text and axes in a PNG; in the page they have the color of its text."""
 STYLE = {
     "font.size": 9,
     "text.color": _INK,
@@ -53,23 +53,23 @@ STYLE = {
     "svg.fonttype": "none",
 }
 _LARGE, _SMALL = (4.5, 3.0), (3.5, 2.3)
-"""Inches; about as wide as a phone, so that text stays legible there."""
+"""Sizes in inches: about as wide as a phone, so that text stays legible on it."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a run is drawn, in every picture."""
+    """How a run is drawn in every picture."""
 
     color: str
     dashes: tuple[float, ...]
 
     @classmethod
     def of(cls, index: int) -> "Look":
-        """That of the run with this number; the first 32 differ."""
+        """The look of the run with this number; the first 32 differ."""
         return cls(_COLORS[index % len(_COLORS)], _DASHES[index // len(_COLORS) % len(_DASHES)])
 
     def line(self) -> dict[str, Any]:
-        """As arguments of matplotlib's."""
+        """The look as arguments of matplotlib."""
         return {"color": self.color, "linestyle": (0, self.dashes) if self.dashes else "-", "linewidth": 1.8}
 
 
@@ -101,17 +101,17 @@ class Pictures:
         """Draw a curve for each run.
 
         Args:
-            name: Of the file.
-            curves: By run; what is not finite is left out.
-            title: Of the picture.
-            x_label: Of the x axis.
-            y_label: Of the y axis.
-            small: Whether it is one of many.
-            zero: Whether to mark where y is zero.
-            ends: Whether to mark each run's end.
+            name: Name of the file.
+            curves: The curve of each run, by name; values that are not finite are left out.
+            title: Title of the picture.
+            x_label: Label of the x axis.
+            y_label: Label of the y axis.
+            small: Whether to draw a small picture, one of many.
+            zero: Whether to draw a line at y = 0.
+            ends: Whether to mark the end of each run.
 
         Returns:
-            SVG to stand in a page that has a legend of its own.
+            SVG for a page that has a legend of its own.
         """
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=_SMALL if small else _LARGE, layout="constrained")
@@ -138,13 +138,13 @@ class Pictures:
         """Draw a bar of seconds for each run.
 
         Args:
-            name: Of the file.
+            name: Name of the file.
             runs: Names of the runs.
-            parts: What each bar is made of: by name, the seconds of each run.
-            title: Of the picture.
+            parts: The parts of each bar: by name, the seconds of each run.
+            title: Title of the picture.
 
         Returns:
-            SVG to stand in a page.
+            SVG for a page.
         """
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(_LARGE[0], 1.1 + 0.5 * len(runs)), layout="constrained")
@@ -164,7 +164,7 @@ class Pictures:
             return self._save(figure, name, _svg(figure))
 
     def _save(self, figure: Any, name: str, svg: str) -> Markup:
-        """Write the PNG, under a name that no earlier picture has, and make the SVG a part of a page."""
+        """Write the PNG under a name that no earlier picture has, and return the SVG for a page."""
         slug = unique = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
         number = 1
         while (path := self.output / f"{unique}.png") in self.written:
@@ -184,7 +184,7 @@ def _svg(figure: Any) -> str:
 
 
 def _inline(svg: str, name: str) -> Markup:
-    """SVG as a part of a page: ids of its own, the page's colour of text, as wide as there is room."""
+    """SVG for a page: with unique ids, in the color of the page's text, as wide as its container."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)

@@ -1,4 +1,4 @@
-"""Reading what runs have logged: Lightning's CSV files and TensorBoard's event files."""
+"""Reading the logs of runs: Lightning's CSV files and TensorBoard's event files."""
 
 import csv
 import os
@@ -11,9 +11,9 @@ __all__ = ["MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
 
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
 MONITOR_SECONDS = "forgetting/seconds"
-"""The one key of the monitor that belongs to no prior set."""
+"""The only key of the monitor that belongs to no prior set."""
 _MONITOR_KEYS = ("forgetting/", "prior_loss/", "prior_perplexity/", "prior_accuracy/", "prior_kl/")
-"""What the keys of ``ForgettingMonitor`` begin with; the name of a prior set follows."""
+"""Prefixes of the keys of ``ForgettingMonitor``; the name of a prior set follows."""
 _CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
 _SAMPLES = "replay/samples/text_summary"
 
@@ -27,10 +27,10 @@ class RunLog:
     """What one run logged.
 
     Attributes:
-        name: Where its folder is, below the folder that holds all runs.
-        values: By key, the value at each step; steps in rising order.
-        samples: By step, the previews of that refill.
-        notes: What of the logs was left out.
+        name: Path of its folder, relative to the folder that holds all runs.
+        values: The value at each step, by key; steps in ascending order.
+        samples: The previews of each refill, by step.
+        notes: Parts of the logs that were left out.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RunLog:
 
     @property
     def prior_sets(self) -> list[str]:
-        """Names of the monitored prior sets, in alphabetical order, as CSV files keep no order."""
+        """Names of the monitored prior sets, in alphabetical order, because CSV files keep no order."""
         of_sets = [key for key in self.values if key.startswith(_MONITOR_KEYS) and key != MONITOR_SECONDS]
         return sorted({key.partition("/")[2] for key in of_sets})
 
@@ -55,23 +55,23 @@ class RunLog:
         return None if series is None else series[max(series)]
 
     def add(self, key: str, values: Iterable[tuple[int, float]]) -> None:
-        """Add values of a key; where a step has one already, the new one takes its place."""
+        """Add values of a key; the new value of a step replaces an earlier one."""
         series = self.values.get(key, {}) | dict(values)
         if series:
             self.values[key] = dict(sorted(series.items()))
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
-    """Read all runs in some folders and below.
+    """Read all runs in folders and their subfolders.
 
-    Each folder with a ``metrics.csv`` or TensorBoard's event files is a run. Where it has both, they are taken
-    together; at the same step the CSV file counts, which has all digits.
+    Each folder with a ``metrics.csv`` or TensorBoard's event files is a run. If it has both, they are merged; at the
+    same step the CSV file takes precedence, because it has all digits.
 
     Args:
-        folders: Where to look.
+        folders: The folders to search.
 
     Returns:
-        The runs made with the callbacks, by name, and the names of those that logged nothing of the callbacks'.
+        The runs made with the callbacks, in natural order of their folders, and the names of the other runs.
 
     Raises:
         NothingToReportError: If a folder is missing, or no run made with the callbacks is found.
@@ -95,14 +95,14 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
     if not known:
         keys = sorted({key for run in runs for key in run.values})
         raise NothingToReportError(
-            f"The logs in {given} hold nothing of ForgettingMonitor or SelfGeneratedReplay, such as "
-            f"`forgetting/<name>`, but only: {', '.join(keys) or 'no value at all'}. Train with one of these callbacks."
+            f"The logs in {given} have no values of ForgettingMonitor or SelfGeneratedReplay, such as "
+            f"`forgetting/<name>`. Their keys: {', '.join(keys) or 'none'}. Train with one of these callbacks."
         )
     return known, [run.name for run in runs if run not in known]
 
 
 def _natural(path: Path) -> list[str | int]:
-    """For sorting ``version_2`` before ``version_10``."""
+    """Sort key that puts ``version_2`` before ``version_10``."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
@@ -119,7 +119,7 @@ def _read_csv(path: Path, run: RunLog) -> None:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         lines = file.readlines()
     if lines and not lines[-1].endswith("\n"):
-        # A number that is cut off is still a number, but another one.
+        # A number that is cut off still parses, as another number.
         lines.pop()
         run.notes.append(f"The last line of {run.name}/{path.name} is cut off and was left out.")
     series: dict[str, dict[int, float]] = {}
@@ -136,7 +136,7 @@ def _read_csv(path: Path, run: RunLog) -> None:
 
 
 def _number(cell: str | list[str]) -> float | None:
-    """The number in a cell, which may be NaN; None where there is none."""
+    """The number in a cell, which may be NaN; None if there is none."""
     try:
         return float(cell)  # type: ignore[arg-type]  # the cells beyond the header's are a list
     except (TypeError, ValueError):
@@ -151,7 +151,7 @@ def _read_events(folder: Path, run: RunLog) -> None:
             f"{folder} holds TensorBoard logs, and tensorboard, which reads them, is not installed: "
             "pip install 'lightning-replay[report]'"
         ) from error
-    # 0 keeps all; by default a random part is kept.
+    # 0 keeps all events; the default keeps a random part of them.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     for key in events.Tags()["scalars"]:
         run.add(key, ((event.step, event.value) for event in events.Scalars(key)))
@@ -161,5 +161,5 @@ def _read_events(folder: Path, run: RunLog) -> None:
 
 
 def _unfenced(markdown: str) -> list[str]:
-    """The samples that ``SelfGeneratedReplay`` put between fences of Markdown."""
+    """The samples, which ``SelfGeneratedReplay`` logs between Markdown fences."""
     return markdown.removeprefix("```\n").removesuffix("\n```").split("\n```\n\n```\n")

@@ -1,4 +1,4 @@
-"""Sampling from an inference server that speaks the OpenAI completions protocol, such as vLLM's."""
+"""Sampling from an inference server with the OpenAI completions protocol, such as vLLM's."""
 
 import os
 from collections.abc import Sequence
@@ -24,32 +24,33 @@ __all__ = ["OpenAISampler"]
 
 
 class OpenAISampler:
-    """A sampler that asks a server for samples of the reference model.
+    """A sampler that requests samples of the reference model from a server.
 
-    The server holds the weights from before finetuning, and they stay as they are, so this goes with
-    ``source="reference"``. Of each refill, one sample is read by the reference model as well: where what the two say of
-    its tokens is further apart than rounding explains, the run ends.
+    The server keeps the weights from before finetuning, so this requires ``source="reference"``. For one sample of each
+    refill, the reference model computes the log-probabilities as well. If they differ from the server's by more than
+    ``tolerance``, the run stops.
 
-    A request is made for each sample, with token ids for a prompt, a seed of its own, temperature 1 and nothing
-    truncated. Retries and time-outs are those of the ``openai`` package.
+    Each sample is one request, with token ids as the prompt, its own seed, temperature 1 and no truncation. Retries and
+    time-outs are those of the ``openai`` package.
 
     Note:
-        Of the protocol, ``ignore_eos`` and ``return_token_ids`` (or ``return_tokens_as_token_ids``) are vLLM's own. It
-        was tried against a server of the tests' own and has not been run against vLLM. Whether equal seeds give
-        equal samples is up to the server.
+        ``ignore_eos`` and ``return_token_ids`` (or ``return_tokens_as_token_ids``) are vLLM's extensions of the
+        protocol. The sampler is tested with a test server; it has not been run against vLLM. Whether equal seeds give
+        equal samples depends on the server.
 
     Args:
-        base_url: Where the server is, as ``"http://localhost:8000/v1"``.
-        model: The model's name there.
-        api_key: The server's key, if it wants one; by default that in the environment variable ``OPENAI_API_KEY``.
-        concurrency: Requests under way at a time.
+        base_url: The server's address, such as ``"http://localhost:8000/v1"``.
+        model: The model's name on the server.
+        api_key: The server's key, if it needs one. By default, the environment variable ``OPENAI_API_KEY``.
+        concurrency: The largest number of concurrent requests.
         stop_at_eos: Whether the end token ends a sample.
         timeout: Seconds to wait for a sample.
-        max_retries: How often a request that fails is made again.
-        tolerance: How far the server's log-probabilities may be from the reference's, in nats, averaged over a sample.
+        max_retries: How often a failed request is repeated.
+        tolerance: The largest difference of the server's log-probabilities from the reference's, in nats: the mean
+            absolute difference over a sample.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of range.
 
     Example:
         >>> from lightning_replay import Sampling, SelfGeneratedReplay
@@ -58,7 +59,7 @@ class OpenAISampler:
     """
 
     reference_only = True
-    """Its samples are never those of the model as it trains."""
+    """It samples the reference model only, not the model as it trains."""
 
     def __init__(
         self,
@@ -95,20 +96,20 @@ class OpenAISampler:
         """Continue prompts to samples of up to ``length`` tokens; see ``Sampler``.
 
         Raises:
-            RuntimeError: If the server can't be reached, refuses, or answers something else.
+            RuntimeError: If the server can't be reached, returns an error, or returns no tokens with log-probabilities.
             MisconfigurationException: If its model is not the reference.
         """
         seeds = torch.randint(2**31 - 1, (len(prompts),), generator=generator).tolist()
         with ThreadPoolExecutor(min(self.concurrency, len(prompts))) as pool:
             answers = list(pool.map(partial(self._ask, length), prompts, seeds))
         tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
-        drawn, log_probs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(len(prompts), length)
+        drawn, log_probs = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.float32)
         lengths = torch.zeros(len(prompts), dtype=torch.int64)
         for row, (prompt, (ids, said)) in enumerate(zip(prompts, answers, strict=True)):
             start, end = len(prompt), len(prompt) + len(ids)
-            tokens[row, :end] = torch.tensor([*prompt, *ids])
+            tokens[row, :end] = torch.tensor([*prompt, *ids], dtype=torch.int64)
             drawn[row, start:end] = True
-            log_probs[row, start:end] = torch.tensor(said)
+            log_probs[row, start:end] = torch.tensor(said, dtype=torch.float32)
             lengths[row] = end
         samples = Samples(tokens, lengths, drawn, log_probs)
         self._check_model(model, samples)
@@ -117,7 +118,7 @@ class OpenAISampler:
     def _ask(self, length: int, prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
         """One sample's new tokens and their log-probabilities."""
         wanted = length - len(prompt)
-        # A server's own defaults, such as those in the model's generation configuration, are overruled one by one.
+        # Overrides the server's defaults, such as those in the model's generation configuration.
         of_vllm = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": not self.stop_at_eos}
         of_vllm |= {"return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
         try:
@@ -135,8 +136,8 @@ class OpenAISampler:
             )
         except openai.APIConnectionError as error:
             raise RuntimeError(
-                f"The inference server at {self._client.base_url} did not answer ({error}). Is it running, and is "
-                "`base_url` right? `timeout` is what it has for a sample."
+                f"The inference server at {self._client.base_url} did not answer ({error}). Check that it is "
+                "running and that `base_url` is right, or raise `timeout`, the seconds to wait for a sample."
             ) from error
         except openai.APIStatusError as error:
             raise RuntimeError(
@@ -148,19 +149,19 @@ class OpenAISampler:
         ids = (choice.model_extra or {}).get("token_ids") or _named_ids(choice.logprobs)
         if not ids or not said or len(said) != len(ids):
             raise RuntimeError(
-                f"The inference server at {self._client.base_url} sent no token ids with their log-probabilities, and "
-                "text can't be turned back into the tokens that were drawn. vLLM sends them for `return_token_ids`, "
-                "from version 0.10.2 on."
+                f"The inference server at {self._client.base_url} returned no token ids with log-probabilities, and "
+                "text can't be converted back into the tokens that were drawn. vLLM returns them for "
+                "`return_token_ids` from version 0.10.2 on."
             )
         if len(ids) != wanted and not self.stop_at_eos:
             raise RuntimeError(
                 f"The inference server at {self._client.base_url} ended a sample after {len(ids)} of {wanted} tokens "
-                f"({choice.finish_reason}), so it doesn't know `ignore_eos`. Set `stop_at_eos=True` of OpenAISampler."
+                f"({choice.finish_reason}), so it ignores `ignore_eos`. Set `stop_at_eos=True` of OpenAISampler."
             )
         return [int(token) for token in ids], [float(value) for value in said]
 
     def _check_model(self, model: LanguageModel, samples: Samples) -> None:
-        """See that server and reference say the same of a sample."""
+        """Check that the log-probabilities of server and reference agree on a sample."""
         assert samples.log_probs is not None
         some = slice(0, int(samples.lengths[0]))
         tokens, drawn = samples.tokens[:1, some], samples.drawn[0, some][1:]
@@ -169,14 +170,14 @@ class OpenAISampler:
         apart = float((own.cpu() - samples.log_probs[0, some][1:])[drawn].abs().mean())
         if not apart <= self.tolerance:
             raise MisconfigurationException(
-                f"The inference server's {self.model!r} is not the reference model: of a sample, their "
-                f"log-probabilities are {apart:.3f} nats apart on average, and {self.tolerance} is let pass. Serve the "
-                "model as it is before finetuning; raise `tolerance` if it is the same in lower precision."
+                f"The inference server's {self.model!r} is not the reference model: on a sample, their "
+                f"log-probabilities differ by {apart:.3f} nats on average, more than `tolerance={self.tolerance}`. "
+                "Serve the model as it is before finetuning; raise `tolerance` if it is the same in lower precision."
             )
 
 
 def _named_ids(logprobs: Any) -> list[int]:
-    """Token ids where they stand in the place of the tokens' texts, as ``"token_id:17"``."""
+    """Token ids that replace the tokens' texts, as ``"token_id:17"``."""
     names = getattr(logprobs, "tokens", None) or []
     ids = [name.removeprefix("token_id:") for name in names if name.startswith("token_id:")]
     return [int(token) for token in ids] if len(ids) == len(names) else []

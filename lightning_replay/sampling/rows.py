@@ -178,7 +178,7 @@ class RowGenerator:
             new = self._sample(model, number, piece, seed, generator, progress, processes)
             drawn = new if drawn is None else _joined([drawn, new])
             # A filter may fail or differ on a single rank, and all ranks have to continue with the same samples.
-            kept, dropped = processes.first(processes.together(partial(self._filter, drawn)))
+            kept, dropped = processes.broadcast(processes.run_on_all_ranks(partial(self._filter, drawn)))
         assert drawn is not None
         self.dropped.update(dropped)  # `+=` would forget filters that have dropped nothing
         chosen = drawn.take(kept)
@@ -258,7 +258,7 @@ class RowGenerator:
                 check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
             return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
 
-        return _joined([part for part in processes.spread(number, make) if part is not None])
+        return _joined([part for part in processes.divide(number, make) if part is not None])
 
     def _shrink(self, batch_size: int) -> None:
         self.batch_size = batch_size

@@ -1,4 +1,4 @@
-"""Measures of sampled text that need no model: how varied it is, and how much it repeats itself."""
+"""Statistics of sampled tokens that need no model: distinct n-grams and repetition."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ __all__ = ["distinct_n", "ngrams", "repetition"]
 
 
 def ngrams(tokens: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """A number for each n-gram, the same for the same tokens (a 64-bit hash), and which of them are real.
+    """A 64-bit hash of each n-gram, and a mask of those without padding.
 
     Args:
         tokens: Token ids, shape ``(rows, length)``.
@@ -23,7 +23,7 @@ def ngrams(tokens: Tensor, lengths: Tensor, n: int) -> tuple[Tensor, Tensor]:
     for place in range(n):
         hashes = (hashes + tokens[:, place : place + windows] + 1) * 6364136223846793005
         hashes ^= hashes >> 29
-    real = torch.arange(windows, device=tokens.device) + n <= lengths.unsqueeze(1)
+    real = torch.arange(windows, dtype=torch.int64, device=tokens.device) + n <= lengths.unsqueeze(1)
     return hashes, real
 
 
@@ -36,19 +36,19 @@ def distinct_n(tokens: Tensor, lengths: Tensor, n: int) -> float:
         n: Tokens in an n-gram.
 
     Returns:
-        From near 0, where all is the same, to 1; 1 where there is no n-gram.
+        From near 0, if all n-grams are equal, to 1; 1 if there is no n-gram.
 
     Example:
         >>> distinct_n(torch.tensor([[1, 2, 1], [1, 2, 0]]), torch.tensor([3, 2]), n=2)  # 12, 21 and 12
         0.6666666666666666
     """
     hashes, real = ngrams(tokens, lengths, n)
-    all_of_them = hashes[real]
-    return len(torch.unique(all_of_them)) / len(all_of_them) if len(all_of_them) else 1.0
+    found = hashes[real]
+    return len(torch.unique(found)) / len(found) if len(found) else 1.0
 
 
 def repetition(tokens: Tensor, lengths: Tensor, n: int = 4) -> Tensor:
-    """Share of a row's n-grams that stand earlier in the same row (seq-rep-n; Welleck et al. 2020, arXiv 1908.04319).
+    """Share of a row's n-grams that occur earlier in the same row (seq-rep-n; Welleck et al. 2020, arXiv 1908.04319).
 
     Args:
         tokens: Token ids, shape ``(rows, length)``.
@@ -63,9 +63,10 @@ def repetition(tokens: Tensor, lengths: Tensor, n: int = 4) -> Tensor:
         tensor([0.5000, 0.0000])
     """
     hashes, real = ngrams(tokens, lengths, n)
-    # Sorted by hash, padding last, a repeated n-gram stands next to its equal.
+    # Sorted by hash with padding last, equal n-grams are adjacent.
     order = hashes.argsort(dim=1, stable=True)
     order = order.gather(1, (~real).gather(1, order).long().argsort(dim=1, stable=True))
     hashes, real = hashes.gather(1, order), real.gather(1, order)
     repeated = (hashes[:, 1:] == hashes[:, :-1]) & real[:, 1:]
-    return F.pad(repeated, (1, 0)).sum(1) / real.sum(1).clamp(min=1)
+    # In 32 bits, also when torch's default type is a 16-bit one.
+    return F.pad(repeated, (1, 0)).sum(1).float() / real.sum(1).clamp(min=1)

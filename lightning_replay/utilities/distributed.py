@@ -1,4 +1,4 @@
-"""The processes that train one model together: which of them this one is, and what they tell each other."""
+"""The processes of a distributed fit: rank and size, gathering, broadcasting, and errors raised on all ranks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,26 +21,26 @@ __all__ = ["LostProcessError", "Processes", "check_strategy", "is_sharded"]
 T = TypeVar("T")
 
 _DECISIVE = (MemoryError, MisconfigurationException)
-"""Errors that end a run at once; all others are told to the other processes as a `RuntimeError`."""
+"""Errors that end a run at once: all ranks raise their type. Any other error is raised as a `RuntimeError`."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process did not answer: it is gone, or it did not come to the same place in time."""
+    """A collective failed: another process has exited, or did not reach the same call within the time-out."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a fit, as one of them sees it. A single process never waits for anybody.
+    """The processes of a fit, as seen from one of them. With a single process, no method communicates.
 
-    They speak over a gloo group of their own, between their CPUs: no accelerator is waited for, and nothing of this
-    comes between the collectives of the strategy. Each method is called by all of them, in the same order; where one
-    does not come within the strategy's time-out, the others get a ``LostProcessError``.
+    Communication uses a dedicated gloo group between CPUs. It does not synchronize accelerators, and it never
+    interleaves with the strategy's collectives. Every method but ``close`` is a collective: all processes call it, in
+    the same order. If one does not within the strategy's time-out, the others raise a ``LostProcessError``.
 
     Args:
-        rank: The number of this process.
-        size: How many there are.
-        lockstep: Whether all have to call the model equally often, since each holds a part of its weights.
-        group: What they speak over.
+        rank: The rank of this process.
+        size: The number of processes.
+        lockstep: Whether all processes have to call the model equally often, since each holds a shard of its weights.
+        group: The process group; None for a single process.
     """
 
     rank: int = 0
@@ -50,10 +50,10 @@ class Processes:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "Processes":
-        """Those of a Trainer whose strategy has set up its processes; all of them call this.
+        """The processes of a Trainer whose strategy has set them up. All of them call this.
 
         Raises:
-            MisconfigurationException: If several share a batch.
+            MisconfigurationException: If several processes share a batch.
         """
         if trainer.world_size == 1:
             return cls()
@@ -61,8 +61,8 @@ class Processes:
             sharing = trainer.strategy.device_mesh["tensor_parallel"].size()
             if sharing > 1:
                 raise MisconfigurationException(
-                    f"Replay rows are dealt to processes with batches of their own, but under tensor parallelism "
-                    f"{sharing} processes share one. Use `ModelParallelStrategy(data_parallel_size="
+                    f"Replay gives each process rows for a batch of its own, but under tensor parallelism "
+                    f"{sharing} processes share a batch. Use `ModelParallelStrategy(data_parallel_size="
                     f"{trainer.world_size}, tensor_parallel_size=1)`."
                 )
         # Lightning has no public name for the time-out that the user gave the strategy; None is torch's own.
@@ -71,109 +71,122 @@ class Processes:
         return cls(trainer.global_rank, trainer.world_size, is_sharded(trainer), group)
 
     def close(self) -> None:
-        """Part."""
+        """Destroy the process group."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
-    def numbers(self, *own: int) -> list[tuple[int, ...]]:
-        """The numbers of each process, by rank."""
+    def gather_ints(self, *own: int) -> list[tuple[int, ...]]:
+        """Gather integers from all processes.
+
+        Args:
+            own: The integers of this process; equally many on each.
+
+        Returns:
+            Those of each process, by rank.
+        """
         if self.size == 1:
             return [own]
-        mine = torch.tensor(own, dtype=torch.int64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with _answers():
-            dist.all_gather(everyone, mine, group=self.group)
-        return [tuple(numbers.tolist()) for numbers in everyone]
+        values = torch.tensor(own, dtype=torch.int64)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        with _lost_processes():
+            dist.all_gather(gathered, values, group=self.group)
+        return [tuple(each.tolist()) for each in gathered]
 
     def gather(self, own: T) -> list[T]:
-        """What each process has, by rank."""
+        """Gather an object from each process; returned by rank."""
         if self.size == 1:
             return [own]
-        everyone: list[Any] = [None] * self.size
-        with _answers():
-            dist.all_gather_object(everyone, own, group=self.group)
-        return everyone
+        gathered: list[Any] = [None] * self.size
+        with _lost_processes():
+            dist.all_gather_object(gathered, own, group=self.group)
+        return gathered
 
-    def first(self, own: T) -> T:
-        """What the first process has."""
+    def broadcast(self, own: T) -> T:
+        """Return the object of rank 0 on all ranks."""
         if self.size == 1:
             return own
         held = [own]
-        with _answers():
+        with _lost_processes():
             dist.broadcast_object_list(held, src=0, group=self.group)
         return held[0]
 
-    def together(self, make: Callable[[], T]) -> T:
-        """Call a function in each process; where it fails in one, it fails in all.
+    def run_on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Call a function on every rank; if it fails on one, raise on all.
+
+        Returns:
+            What the function returned on this rank.
 
         Raises:
-            Exception: In a single process, what the function raised. In several, a `MemoryError`,
-                `MisconfigurationException` or else `RuntimeError` that says what was raised in which.
+            Exception: With a single process, what the function raised. With several, a `MemoryError`, a
+                `MisconfigurationException` or else a `RuntimeError` that names the rank and its error.
         """
         if self.size == 1:
-            return make()
-        result, error, told = None, None, None
+            return function()
+        result, error, report = None, None, None
         try:
-            result = make()
-        except Exception as failure:  # whatever it is, the others have to hear of it
+            result = function()
+        except Exception as failure:  # of any type: the other ranks would wait for this one
             error = failure
             kind = next((decisive for decisive in _DECISIVE if isinstance(failure, decisive)), RuntimeError)
-            told = (kind, f"In process {self.rank}: {type(failure).__name__}: {failure}")
-        for failed in self.gather(told):
+            report = (kind, f"In process {self.rank}: {type(failure).__name__}: {failure}")
+        for failed in self.gather(report):
             if failed is not None:
                 kind, message = failed
                 raise kind(message) from error
         return result  # type: ignore[return-value]
 
-    def spread(self, items: int, make: Callable[[slice], T]) -> list[T]:
-        """Let each process make its part of some items, and give all parts to all of them, in the items' order.
+    def divide(self, items: int, make: Callable[[slice], T]) -> list[T]:
+        """Divide the making of some items among the ranks; each rank gets all parts.
 
-        Where the model is called in lockstep, each makes all of them, and the first one's are taken.
+        In lockstep every rank makes all items, and those of rank 0 are used.
 
         Args:
-            items: How many items there are.
-            make: Makes a part of them. Where it fails in one process, it fails in all; see ``together``.
+            items: The number of items.
+            make: Makes the items in a slice. If it fails on one rank, all raise; see ``run_on_all_ranks``.
+
+        Returns:
+            The parts, in the items' order.
         """
         if self.lockstep:
-            return [self.first(self.together(lambda: make(slice(0, items))))]
+            return [self.broadcast(self.run_on_all_ranks(lambda: make(slice(0, items))))]
         part = slice(items * self.rank // self.size, items * (self.rank + 1) // self.size)
-        return self.gather(self.together(lambda: make(part)))
+        return self.gather(self.run_on_all_ranks(lambda: make(part)))
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
-    """Say what it means where no answer comes."""
+def _lost_processes() -> Iterator[None]:
+    """Raise a failed collective as a ``LostProcessError`` that names the likely causes."""
     try:
         yield
     except RuntimeError as error:
         raise LostProcessError(
-            "Replay: another process did not answer, so this one ends too. Look for the first error in the other's "
-            "output. Where there is none, it may have had fewer batches than this one (all need equally many, as under "
-            "DDP without replay), or have taken longer to sample than the strategy's `timeout`."
+            "Replay: another process did not answer, so this one ends too. Look for the first error in the output of "
+            "the others. If there is none, one may have had fewer batches than this one (all need equally many, as "
+            "under DDP without replay), or sampling took longer than the strategy's `timeout`."
         ) from error
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether each process holds a part of the weights, so that all have to call the model together."""
+    """Whether each process holds a shard of the weights, so that all have to call the model together."""
     return isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1
 
 
 def check_strategy(trainer: pl.Trainer, caller: str) -> None:
-    """Refuse strategies under which the model can't be called outside the training step.
+    """Raise an error for strategies under which the model can't be called outside of the training step.
 
     Args:
         trainer: The Trainer, its processes set up.
-        caller: Who wants to call the model.
+        caller: The name of the class that calls the model, for the message.
 
     Raises:
-        MisconfigurationException: If the strategy is one of them.
+        MisconfigurationException: If the strategy is FSDP1, DeepSpeed, or an unknown one with several processes.
     """
     strategy = trainer.strategy
     sharded_otherwise = isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy))
     known = trainer.world_size == 1 or isinstance(strategy, (DDPStrategy, ModelParallelStrategy))
     if sharded_otherwise or not known:
         raise MisconfigurationException(
-            f"{caller} calls the language model outside of `training_step` as well, and that has not been made to "
-            f"work under {type(strategy).__name__}. Use `strategy='ddp'` where the model fits a device, else "
+            f"{caller} also calls the language model outside of `training_step`, which is not supported under "
+            f"{type(strategy).__name__}. Use `strategy='ddp'` if the model fits on one device, else "
             "`ModelParallelStrategy` with FSDP2's `fully_shard` in `configure_model`."
         )

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ __all__ = ["atomic_write"]
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Write a file whole or not at all: where anything goes wrong, what was there before stays.
+    """Write a file completely or not at all: after an error, the previous file is unchanged.
 
     Args:
         path: The file to write or to replace.
 
     Yields:
-        A path in the same folder, with the same suffix, to write to. It takes the file's place at the end, once it is
-        on the disk; after an error it is removed.
+        A path in the same folder, with the same suffix, to write to. At the end it is synced to disk and replaces the
+        file; after an error it is removed.
 
     Example:
         >>> import tempfile

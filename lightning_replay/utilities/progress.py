@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 __all__ = ["ProgressLines", "heed_sigterm", "refill_bar"]
 
 DELAY = 2.0
-"""Seconds after which a refill is long."""
+"""Seconds after which the bar appears."""
 EVERY = 15.0
 """Seconds between two lines of progress."""
 
@@ -59,14 +59,14 @@ def heed_sigterm(trainer: pl.Trainer) -> None:
 
 @contextmanager
 def refill_bar(trainer: pl.Trainer, tokens: int) -> Iterator[Callable[[int], Any]]:
-    """A bar for refills of more than ``DELAY`` seconds, if the Trainer shows bars at all.
+    """A progress bar for refills of more than ``DELAY`` seconds, if the Trainer shows progress bars.
 
-    Under ``RichProgressBar`` it is one more task of that bar's display, since rich
-    draws one live display at a time; otherwise it is a bar of tqdm's.
+    Under ``RichProgressBar`` it is a task of that bar's display, since rich draws one live display at a time. Otherwise
+    it is a tqdm bar.
 
     Args:
         trainer: The Trainer.
-        tokens: How many tokens will be sampled.
+        tokens: The number of tokens to sample.
 
     Yields:
         A function to call with the number of tokens sampled since the last call. It ends the run if a ``SIGTERM`` has

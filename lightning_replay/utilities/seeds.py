@@ -1,13 +1,16 @@
 """Random generators that are independent of each other and of the global random state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
-__all__ = ["order_seed", "stream"]
+__all__ = ["order_seed", "own_randomness", "stream"]
 
 
 def stream(*key: int) -> torch.Generator:
-    """A generator of its own for each key, independent of the others and of the global random state."""
+    """A generator for each key, independent of those of other keys and of the global random state."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
@@ -15,3 +18,29 @@ def stream(*key: int) -> torch.Generator:
 def order_seed(seed: int) -> int:
     """Seed of the order in which a buffer draws the rows that were generated with a seed."""
     return stream(seed, 0, 0).initial_seed()
+
+
+@contextmanager
+def own_randomness(device: torch.device, *key: int) -> Iterator[None]:
+    """Random numbers, such as those of dropout, that depend only on a key; the global random state stays as it was.
+
+    Args:
+        device: The device on which they are drawn.
+        key: Equal keys give equal numbers.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> with own_randomness(torch.device("cpu"), 1, 2):
+        ...     _ = torch.rand(3)
+        >>> first = torch.rand(1)
+        >>> _ = torch.manual_seed(0)
+        >>> bool(first == torch.rand(1))
+        True
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        seed = stream(*key).initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            torch.cuda.manual_seed(seed)
+        yield

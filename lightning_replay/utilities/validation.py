@@ -1,4 +1,4 @@
-"""Checks of what users pass that several modules share."""
+"""Checks of user input that several modules share."""
 
 from numbers import Integral, Real
 from typing import Any, TypeGuard, get_args
@@ -10,7 +10,7 @@ __all__ = ["are_ids", "check_choice", "check_package", "described", "is_integer"
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
-    """Whether a value is a whole number in a range; True and False are none.
+    """Whether a value is an integer in a range; True and False are not.
 
     Example:
         >>> is_whole(3, least=1), is_whole(3.0, least=1), is_whole(True, least=1), is_whole(0, least=1)
@@ -21,17 +21,17 @@ def is_whole(value: Any, least: int, most: int | None = None) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse a value that is none of those of a ``Literal``.
+    """Raise an error if a value is not one of a ``Literal``'s.
 
     Raises:
-        ValueError: With those that there are.
+        ValueError: With the allowed values.
     """
     if value not in get_args(choices):
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number; True and False are none.
+    """Whether a value is a real number; True and False are not.
 
     Example:
         >>> is_number(0.5), is_number(2), is_number("0.5"), is_number(True)
@@ -41,7 +41,7 @@ def is_number(value: Any) -> bool:
 
 
 def are_ids(tokens: Any) -> TypeGuard[Tensor]:
-    """Whether something is a tensor of integers of shape ``(rows, length)``.
+    """Whether a value is a tensor of integers of shape ``(rows, length)``.
 
     Example:
         >>> are_ids(torch.tensor([[1, 2]])), are_ids(torch.tensor([[0.5, 2]])), are_ids([[1, 2]])
@@ -51,12 +51,12 @@ def are_ids(tokens: Any) -> TypeGuard[Tensor]:
 
 
 def is_integer(values: Tensor) -> bool:
-    """Whether a tensor is of a type of whole numbers."""
+    """Whether a tensor is of an integer type."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def described(value: Any) -> str:
-    """A value in a few words, for an error message.
+    """A short description of a value, for an error message.
 
     Example:
         >>> described(torch.zeros(2, 3)), described([1, 2])
@@ -68,19 +68,19 @@ def described(value: Any) -> str:
 
 
 def check_package(given: Any, what: str) -> None:
-    """Refuse an object made of the `pytorch_lightning` package, whose classes are not those of `lightning`.
+    """Raise an error for an object of the `pytorch_lightning` package, whose classes are not those of `lightning`.
 
     Args:
         given: The object.
         what: What it is, as in ``"the Trainer"``.
 
     Raises:
-        TypeError: If it is one.
+        TypeError: If it is of that package.
     """
     packages = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
     if "pytorch_lightning" in packages and "lightning" not in packages:
         raise TypeError(
-            f"{what} ({type(given).__name__}) is made of the `pytorch_lightning` package, whose classes are not those "
-            "of `lightning`, which lightning-replay is made for. Import Trainer, modules, datamodules and callbacks "
+            f"{what} ({type(given).__name__}) is from the `pytorch_lightning` package, whose classes are not those "
+            "of `lightning`, which lightning-replay supports. Import Trainer, modules, datamodules and callbacks "
             "from `lightning.pytorch` (or write `import lightning as L`) instead of `pytorch_lightning`."
         )

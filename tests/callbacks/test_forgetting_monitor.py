@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
@@ -182,3 +183,125 @@ def test_bad_prior_sets_are_refused_before_the_first_step(tiny_llama: Make) -> N
         with pytest.raises(MisconfigurationException, match=message):
             quiet_trainer(callbacks=callbacks).fit(module, mapping_loader())
         assert not module.batches
+
+
+DOCUMENTS = [[3, 4, 5, 6], [7, 8, 9], [20, 21, 22, 23, 24]]
+
+
+def packed(documents: list[list[int]], **more: Any) -> dict[str, torch.Tensor]:
+    """Documents in one row, as Hugging Face's collator for packing gives them."""
+    return {
+        "input_ids": torch.tensor([[token for document in documents for token in document]]),
+        "labels": torch.tensor([[label for document in documents for label in (-100, *document[1:])]]),
+        "position_ids": torch.tensor([[place for document in documents for place in range(len(document))]]),
+    } | more
+
+
+def test_packed_rows_are_measured_as_their_documents_one_by_one(tiny_llama: Make) -> None:
+    before, model = tiny_llama(), tiny_llama()
+    sets = {"packed": [packed(DOCUMENTS), packed(DOCUMENTS[::-1])], "alone": [packed([each]) for each in DOCUMENTS]}
+    trainer = quiet_trainer(max_steps=3, callbacks=[ForgettingMonitor(sets)])
+    trainer.fit(UserModule(model), mapping_loader())
+    losses, drift = [], []
+    with torch.no_grad():
+        for document in DOCUMENTS:
+            tokens = torch.tensor([document])
+            ours, theirs = model.eval()(tokens).logits[0, :-1], before.eval()(tokens).logits[0, :-1]
+            losses += F.cross_entropy(ours, tokens[0, 1:], reduction="none").tolist()
+            drift += forward_kl(ours[None], theirs[None], reduction="none")[0].tolist()
+    for name in sets:
+        values = trainer.callback_metrics
+        assert float(values[f"prior_loss/{name}"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert float(values[f"prior_kl/{name}"]) == pytest.approx(sum(drift) / len(drift), rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_mask": torch.ones(1, 12, dtype=torch.int64)}], ids=["bare", "mask"])
+def test_a_packed_set_measures_the_users_own_loss(tiny_llama: Make, more: Any) -> None:
+    """With a mask, Hugging Face models attend across documents, in training as in the measurement."""
+    batch = packed(DOCUMENTS, **more)
+    with torch.no_grad():
+        expected = float(tiny_llama().eval()(**batch, use_cache=False).loss)
+    monitor = ForgettingMonitor({"packed": [batch]})
+    quiet_trainer(max_steps=1, callbacks=[monitor]).fit(UserModule(tiny_llama()), mapping_loader())
+    assert monitor.baseline["packed"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_packed_rows_of_a_peft_model_are_measured_as_those_of_the_model_in_it(tiny_llama: Make) -> None:
+    peft = pytest.importorskip("peft")
+    baselines = []
+    for wrap in (
+        lambda model: model,
+        lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
+    ):
+        monitor = ForgettingMonitor({"packed": [packed(DOCUMENTS)]})
+        quiet_trainer(max_steps=1, callbacks=[monitor]).fit(UserModule(wrap(tiny_llama())), mapping_loader())
+        baselines.append(monitor.baseline["packed"])
+    assert baselines[1] == pytest.approx(baselines[0], rel=1e-6)
+
+
+def test_packed_rows_for_a_model_that_takes_no_positions_are_refused() -> None:
+    module = TokensModule(HandWritten())
+    with pytest.raises(MisconfigurationException, match="HandWritten takes no argument of that name"):
+        quiet_trainer(callbacks=[ForgettingMonitor({"packed": [packed(DOCUMENTS)]})]).fit(module, tensor_loader())
+    assert not module.batches
+
+
+def test_labels_that_are_not_the_tokens_they_stand_for_are_refused(tiny_llama: Make) -> None:
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1)}
+    with pytest.raises(MisconfigurationException, match="The prior set 'shifted' can't be measured"):
+        quiet_trainer(callbacks=[ForgettingMonitor({"shifted": [batch]})]).fit(
+            UserModule(tiny_llama()), mapping_loader()
+        )
+
+
+def test_targets_outside_of_the_vocabulary_are_left_out_as_negative_ones_are() -> None:
+    """As with `ignore_index=vocabulary`, the label with which some losses leave positions out."""
+    tokens, targets = next(iter(pair_loader(8, batch_size=8)))
+    baselines = []
+    for marker in (-100, 32, 40):
+        marked = targets.clone()
+        marked[:, -3:] = marker
+        torch.manual_seed(0)
+        monitor = ForgettingMonitor({"rows": [(tokens, marked)]})
+        quiet_trainer(max_steps=1, callbacks=[monitor]).fit(PairModule(HandWritten()), pair_loader())
+        baselines.append(monitor.baseline["rows"])
+    assert baselines[0] == baselines[1] == baselines[2]
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        CombinedLoader([mapping_loader(), mapping_loader()], "sequential"),
+        {"a": mapping_loader(), "b": mapping_loader()},
+        [mapping_loader(), mapping_loader()],
+    ],
+    ids=["combined", "mapping", "list"],
+)
+def test_several_loaders_in_one_set_are_refused(several: Any) -> None:
+    with pytest.raises(TypeError, match="one dataloader, but 'both' is a .* of several"):
+        ForgettingMonitor({"both": several})
+
+
+class TwoModels(UserModule):
+    """Trains a student; the other model trains, too."""
+
+    def __init__(self, model: Any, other: Any) -> None:
+        super().__init__(model)
+        self.other = other
+
+
+@pytest.mark.parametrize("first", ["monitor", "replay"])
+def test_of_two_models_the_monitor_measures_the_one_that_replay_is_for(tiny_llama: Make, first: str) -> None:
+    monitor = ForgettingMonitor({"rows": prior()})
+    callbacks = [monitor, SelfGeneratedReplay(language_model="model", refill_rows=8)]
+    module = TwoModels(tiny_llama(0), tiny_llama(1))
+    trainer = quiet_trainer(max_steps=1, callbacks=callbacks[:: 1 if first == "monitor" else -1])
+    trainer.fit(module, mapping_loader())
+    assert monitor.baseline["rows"] == pytest.approx(by_hand(tiny_llama(0), tiny_llama(0))["loss"], rel=1e-5)
+    own = ForgettingMonitor({"rows": prior()}, language_model="other", kl=False)
+    module = TwoModels(tiny_llama(0), tiny_llama(1))
+    quiet_trainer(max_steps=1, callbacks=[own, SelfGeneratedReplay(language_model="model")]).fit(
+        module, mapping_loader()
+    )
+    assert own.baseline["rows"] == pytest.approx(by_hand(tiny_llama(1), tiny_llama(1))["loss"], rel=1e-5)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, Sampling, SelfGeneratedReplay
-from tests.helpers.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.modules import DrawnRows, Rows, UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -93,6 +93,15 @@ def test_no_row_is_sampled_that_the_run_does_not_use(
     assert trainer.callback_metrics["replay/rows_sampled"] == sampled
     assert replay.rows.buffer is not None
     assert replay.rows.buffer.capacity == capacity
+
+
+def test_no_row_is_sampled_for_the_share_of_real_ones(tiny_llama: Make) -> None:
+    replay = SelfGeneratedReplay("ntp")
+    data = ReplayDataModule(mapping_loader(), 1 / 3, prior=Rows(16).tokens, prior_share=0.75)
+    trainer = quiet_trainer(callbacks=[replay], max_steps=6)
+    trainer.fit(UserModule(tiny_llama()), datamodule=data)
+    # 6 steps of 8 new and 4 replay rows, a quarter of which is sampled.
+    assert trainer.callback_metrics["replay/rows_sampled"] == 6
 
 
 def test_a_long_run_is_sampled_in_even_parts(tiny_llama: Make) -> None:

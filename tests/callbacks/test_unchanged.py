@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -16,6 +17,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_replay import Sampling, SelfGeneratedReplay
 from tests.helpers.by_hand import weights
@@ -128,22 +130,25 @@ class Seeing(PlainDescent):
         return loss
 
 
-class FusedLoss(nn.Module):
+class Patched(LlamaForCausalLM):  # type: ignore[misc]
     """Gives no logits when it is given labels, as models that are patched for fused losses do in training."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
-        output = self.inner(input_ids, labels=labels)
-        return {"logits": None, "loss": output.loss} if labels is not None else {"logits": output.logits}
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        output = super().forward(input_ids, labels=labels, **options)
+        return output if labels is None else CausalLMOutputWithPast(loss=output.loss)
 
 
-class Fused(PlainDescent):
-    def loss(self, batch: Any) -> Tensor:
-        loss: Tensor = self.model(batch["input_ids"], labels=batch["labels"])["loss"]
-        return loss
+def patched(make: Make) -> Patched:
+    model = make()
+    ours = Patched(model.config)
+    ours.load_state_dict(model.state_dict())
+    return ours
+
+
+def test_learning_without_forgetting_needs_the_logits_of_the_user_s_call(tiny_llama: Make) -> None:
+    trainer = quiet_trainer(callbacks=[SelfGeneratedReplay("lwf")])
+    with pytest.raises(MisconfigurationException, match="Patched returned none .*Switch the fused loss off"):
+        trainer.fit(PlainDescent(patched(tiny_llama)), mapping_loader())
 
 
 KINDS: dict[str, Callable[[Make], UserModule]] = {
@@ -155,7 +160,7 @@ KINDS: dict[str, Callable[[Make], UserModule]] = {
     "4-D masks": lambda make: Mask4D(make()),
     "inputs_embeds": lambda make: Embedded(make()),
     "image inputs": lambda make: Seeing(),
-    "no logits beside labels": lambda make: Fused(FusedLoss(make())),
+    "no logits beside labels": lambda make: PlainDescent(patched(make)),
 }
 
 

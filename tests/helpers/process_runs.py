@@ -35,6 +35,7 @@ from lightning_replay import (
     generate_rows,
 )
 from lightning_replay.data.batches import rows_in
+from lightning_replay.data.feed import RowFeed
 from lightning_replay.sampling.draw import sample_rows
 from tests.helpers.modules import VOCABULARY, PlainDescent, Rows, mapping_loader, quiet_trainer
 
@@ -75,21 +76,31 @@ class Watch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        data: ReplayDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        loss, feed = None if self.replay is None else self.replay.step.last_loss, data.feed
-        buffer = data.buffer if data.shards is None else data.shards.buffer
+        data: ReplayDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        loss = None if self.replay is None else self.replay.step.last_loss
+        feed, buffer = _feed(data, self.replay), None
+        if data is not None:
+            buffer = data.buffer if data.shards is None else data.shards.buffer
         if self.replay is not None and self.replay.rows.buffer is not None:
             buffer = self.replay.rows.buffer
         self.seen.append(
             {
                 "loss": float(outputs["loss"]),
-                "replay_loss": 0.0 if loss is None or data.drawn is None else float(loss) * feed.weight,
+                "replay_loss": 0.0 if loss is None or feed.drawn is None else float(loss) * feed.weight,
                 "new": rows_in(batch),
-                "drawn": [] if data.drawn is None else _rows(data.drawn),
+                "drawn": [] if feed.drawn is None else _rows(feed.drawn),
                 "weight": feed.weight,
                 "buffer": None if buffer is None else buffer.state_dict(),
             }
         )
+
+
+def _feed(data: ReplayDataModule | None, replay: SelfGeneratedReplay | None) -> RowFeed:
+    """What draws the rows of a fit: the datamodule's, or that of the callback alone."""
+    if data is not None:
+        return data.feed
+    assert replay is not None
+    return replay.feed
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -144,6 +155,7 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     ckpt_path: str | None = None,
     sharded: bool = False,
+    alone: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     torch.manual_seed(100 + RANK)  # where chance should be the same in all processes, the library has to see to it
@@ -156,13 +168,15 @@ def fit(
     trainer = trainer_of(
         sharded and WORLD > 1, callbacks=[*([] if replay is None else [replay]), watch, *callbacks], **options
     )
-    module_data = ReplayDataModule(loader, fraction, **data or {})
-    trainer.fit(module, datamodule=module_data, ckpt_path=ckpt_path)
+    module_data = None if alone else ReplayDataModule(loader, fraction, **data or {})
+    given = {"train_dataloaders": loader} if module_data is None else {"datamodule": module_data}
+    trainer.fit(module, **given, ckpt_path=ckpt_path)
+    feed = _feed(module_data, replay)
     return {
         "steps": watch.seen,
         "weights": torch.cat([_whole(weight.detach()).flatten() for weight in module.parameters()]),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "tokens": (module_data.new_tokens, module_data.replay_tokens),
+        "tokens": (feed.new_tokens, feed.replay_tokens),
         "refills": 0 if replay is None else replay.rows.generator.refills,
     }
 
@@ -211,6 +225,11 @@ def generated(folder: Path) -> Any:
         SelfGeneratedReplay(coefficient=2.0, reference="cached", seed=5),
         data={"buffer": ReplayShards(folder / "rows", shuffle=True, read_rows=5)},
     )
+
+
+def callback_alone(folder: Path) -> Any:
+    """Without a datamodule of ours."""
+    return fit(SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=7, replay_fraction=0.3), alone=True)
 
 
 def replace(folder: Path) -> Any:
@@ -323,14 +342,14 @@ def monitored(folder: Path) -> Any:
 
 
 class Evaluated(L.Callback):
-    """Counts the calls of the model outside of training."""
+    """Counts the calls of the model outside of training on batches of four rows, as the prior sets have them."""
 
     calls = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        def count(module: Any, *_: Any) -> None:
-            self.calls += not module.training
+        def count(module: Any, arguments: Any, *_: Any) -> None:
+            self.calls += not module.training and len(arguments[0]) == 4
 
         pl_module.model.register_forward_hook(count)  # type: ignore[union-attr]
 
@@ -408,6 +427,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         kl,
         ntp_with_a_single_row,
         cached,
+        callback_alone,
         generated,
         replace,
         mixed,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_replay import ReplayDataModule, Sampling, SelfGeneratedReplay, sample_rows
 from lightning_replay.models.calls import find_state
 from lightning_replay.models.language_model import evaluating, find_language_model
+from lightning_replay.references.independence import independent_copy
 from lightning_replay.sampling.decoder import Decoder
 from tests.helpers.by_hand import kl_by_hand, weights
 from tests.helpers.families import CAUSAL_FAMILIES, FAMILIES, litgpt, tiny_causal
@@ -188,9 +189,43 @@ def samples_are_read_as_the_plain_forward_reads_them(module: Any) -> None:
             torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
+def a_copy_stays_as_it_was_when_the_model_trains(module: nn.Module) -> None:
+    if looks_ahead(module):
+        return  # refused, as another column sees
+    model = find_language_model(UserModule(module), None)
+    tokens = torch.arange(3, 11).unsqueeze(0)
+    with evaluating(module):
+        before = model.logits(tokens)
+        copied = independent_copy(model)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        after = model.logits(tokens)
+    with evaluating(copied.module):
+        torch.testing.assert_close(copied.logits(tokens), before)
+    assert not torch.allclose(after, before)
+
+
+def the_user_s_step_is_as_it_was(module: nn.Module) -> None:
+    """Its dropout included, which draws from the global random state."""
+    if looks_ahead(module):
+        return
+    results = []
+    for replay in (None, SelfGeneratedReplay(coefficient=0.0, refill_rows=4, sampling=Sampling(prompts=[[1]]))):
+        torch.manual_seed(0)
+        ours = PlainDescent(copy.deepcopy(module).train(), 0.01)
+        trainer = quiet_trainer(callbacks=[] if replay is None else [replay], max_steps=2)
+        trainer.fit(ours, mapping_loader(16, batch_size=4))
+        results.append((weights(ours), ours.losses))
+    assert results[0][1] == results[1][1]
+    assert torch.equal(results[0][0], results[1][0])
+
+
 COLUMNS: dict[str, Callable[[nn.Module], None]] = {
     "samples": samples_are_read_as_the_plain_forward_reads_them,
     "verdict": the_verdict_is_that_of_a_loop_by_hand,
+    "independent": a_copy_stays_as_it_was_when_the_model_trains,
+    "unchanged": the_user_s_step_is_as_it_was,
 }
 """What must hold of a tiny model of every family."""
 

@@ -182,7 +182,9 @@ class _LooksAhead(HandWritten):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "make", [lambda: bert(BertForMaskedLM), lambda: bert(BertLMHeadModel), bart, _LooksAhead], ids=str
+    "make",
+    [lambda: bert(BertForMaskedLM), lambda: bert(BertLMHeadModel), bart, _LooksAhead],
+    ids=["BERT", "BERT with a language head", "BART", "one position"],
 )
 def test_a_model_that_looks_ahead_is_refused(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -238,7 +238,7 @@ def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:
     assert list(page.rows) == ["_<i>run/one"]
     assert evil in page.columns
     assert f"Forgetting of {evil}" in page.text
-    assert "Left out, as they logged nothing of the callbacks: <u>." in page.missing
+    assert "Left out, because they have no values of the callbacks: <u>." in page.missing
     for tag in ("<script", "<i>", "<u>", "<b>$"):
         assert tag not in page.source
 
@@ -359,8 +359,8 @@ def test_the_command_says_what_it_wrote(two_runs: Path, tmp_path: Path, capsys: 
         (["missing"], "missing does not exist. Give folders that hold the logs of runs"),
         (["known/metrics.csv"], "known/metrics.csv is a file. Give folders"),
         (["empty"], "No logs in empty or below: a run's folder holds `metrics.csv` or `events.out.tfevents.*`. Train"),
-        (["other"], "The logs in other hold nothing of ForgettingMonitor or SelfGeneratedReplay"),
-        (["other"], "but only: loss, val/loss. Train with one of these callbacks."),
+        (["other"], "The logs in other have no values of ForgettingMonitor or SelfGeneratedReplay"),
+        (["other"], "Their keys: loss, val/loss. Train with one of these callbacks."),
         (["known", "--new_loss", "typo"], "new task's loss as 'typo'. Keys like it: val/loss."),
     ],
 )

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from lightning_replay.demo.toy_tasks import problems
@@ -18,6 +19,17 @@ def test_measures_equal_counts_by_hand() -> None:
         assert distinct_n(tokens, lengths, n) == len(set(flat)) / len(flat)
         expected = torch.tensor([1 - len(set(row)) / len(row) if row else 0.0 for row in grams])
         torch.testing.assert_close(repetition(tokens, lengths, n), expected)
+
+
+def test_repetition_is_in_32_bits_whatever_the_default_type() -> None:
+    tokens, lengths = torch.tensor([[1, 2, 1, 2]]), torch.tensor([4])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        value = repetition(tokens, lengths, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(1 / 3, rel=1e-6)
 
 
 def test_hashes_tell_many_n_grams_apart() -> None:

@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 Runs = Callable[[str], tuple[Any, Any, Any]]
 
 
-def start(folder: Path, *names: str, timeout: int = 60) -> list[subprocess.Popen[bytes]]:
+def start(folder: Path, *names: str, timeout: int = 150) -> list[subprocess.Popen[bytes]]:
     """Two processes of one fit, as a cluster would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def run_together(folder: Path, *names: str) -> None:
     processes = start(folder, *names)
     try:
         for rank, process in enumerate(processes):
-            code = process.wait(timeout=150)
+            code = process.wait(timeout=280)
             assert code == 0, (folder / f"output-{rank}").read_text()[-4000:]
     finally:
         for process in processes:
@@ -69,6 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "kl",
             "ntp_with_a_single_row",
             "cached",
+            "callback_alone",
             "generated",
             "replace",
             "mixed",
@@ -124,7 +125,7 @@ def assert_trained_as_one_process(first: Any, second: Any, alone: Any) -> None:
     torch.testing.assert_close(first["weights"], alone["weights"], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached", "generated"])
+@pytest.mark.parametrize("name", ["kl", "ntp_with_a_single_row", "cached", "callback_alone", "generated"])
 def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: str) -> None:
     first, second, alone = runs(name)
     assert_rows_are_those_of_one_process(first, second, alone)
@@ -284,8 +285,8 @@ def test_where_a_process_is_lost_the_other_ends_with_an_error(tmp_path: Path, ho
 def test_a_single_process_waits_for_nobody() -> None:
     alone = Processes.of(quiet_trainer())
     assert (alone.rank, alone.size, alone.group) == (0, 1, None)
-    assert alone.numbers(3, 4) == [(3, 4)]
-    assert alone.spread(5, lambda part: list(range(5))[part]) == [[0, 1, 2, 3, 4]]
+    assert alone.gather_ints(3, 4) == [(3, 4)]
+    assert alone.divide(5, lambda part: list(range(5))[part]) == [[0, 1, 2, 3, 4]]
     assert not torch.distributed.is_initialized()
 
 

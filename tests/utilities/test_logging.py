@@ -18,6 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import LlamaForCausalLM
 
 from lightning_replay import Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
+from lightning_replay.utilities.logging import decoded, known_ids
+from tests.helpers.chat import SPECIAL, WORDS, chat_tokenizer
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
@@ -276,3 +278,70 @@ def test_learning_without_forgetting_has_its_settings_in_the_loggers_too(tiny_ll
     assert settings["SelfGeneratedReplay/loss"] == "lwf"
     assert settings["SelfGeneratedReplay/coefficient"] == "lambda"
     assert settings["SelfGeneratedReplay/reference/dtype"] == "torch.float32"
+
+
+class PanicException(BaseException):
+    """As pyo3 defines it at run time: what a panic in Rust raises, such as that of an older tiktoken."""
+
+    __module__ = "pyo3_runtime"
+
+
+class Failing:
+    """A tokenizer of 10 ids that raises an error of a given type for others."""
+
+    vocab_size = 10
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def decode(self, ids: list[int]) -> str:
+        if max(ids) >= self.vocab_size:
+            raise self.error(f"no token {max(ids)}")
+        return "".join(map(str, ids))
+
+
+ERRORS = [OverflowError, IndexError, KeyError, TypeError, ValueError, AttributeError, PanicException]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_ids_that_a_tokenizer_raises_an_error_for_are_shown_as_ids(error: type[BaseException]) -> None:
+    assert decoded([3, 4], Failing(error)) == "34"
+    assert decoded([3, 11], Failing(error)) == "[3, 11]"
+
+
+def test_an_error_that_is_not_of_the_ids_is_raised() -> None:
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            decoded([3, 11], Failing(error))
+
+
+@pytest.mark.parametrize("tokenizer", [chat_tokenizer(), chat_tokenizer().backend_tokenizer, Failing(IndexError)])
+def test_ids_of_a_vocabulary_padded_beyond_the_tokenizer_are_known_to_be_none_of_its(tokenizer: Any) -> None:
+    known = known_ids(tokenizer)
+    size = 10 if isinstance(tokenizer, Failing) else len(SPECIAL + WORDS)
+    assert known is not None
+    assert [token in known for token in (0, size - 1, size)] == [True, True, False]
+    assert decoded([3, size], tokenizer, known) == f"[3, {size}]"
+
+
+def test_a_run_with_ids_beyond_the_tokenizer_shows_them_and_logs_their_share(tiny_llama: Make, tmp_path: Path) -> None:
+    replay = SelfGeneratedReplay(refill_rows=8, tokenizer=chat_tokenizer(), sampling=Sampling(length=12))
+    replay.previews = 8
+    logger = TensorBoardLogger(tmp_path)
+    data = ReplayDataModule(mapping_loader(), 0.2)
+    trainer = quiet_trainer(max_steps=2, logger=logger, callbacks=[replay])
+    trainer.fit(UserModule(tiny_llama()), datamodule=data)
+    assert replay.rows.buffer is not None
+    rows = replay.rows.buffer.state_dict()["tokens"].tolist()
+    rows = [[token if token >= 0 else ~token for token in row] for row in rows]
+    size = len(SPECIAL + WORDS)  # of the model's 32 ids
+    beyond = [max(row) >= size for row in rows]
+    assert 0 < sum(beyond) <= 8
+    assert float(trainer.callback_metrics["replay/quality/undecodable"]) == pytest.approx(sum(beyond) / 8)
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    (event,) = events.Tensors("replay/samples/text_summary")
+    shown = unfenced(event.tensor_proto.string_val[0].decode())
+    assert [text.startswith("[") for text in shown] == beyond
+    assert [text for text in shown if text.startswith("[")] == [
+        str(row) for row, unknown in zip(rows, beyond, strict=True) if unknown
+    ]
