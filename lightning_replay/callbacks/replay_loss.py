@@ -205,6 +205,16 @@ class LwF(ReplayLoss):
         """The divergence of logits, averaged over the positions in a mask of shape ``(rows, positions)``."""
         return forward_kl(logits, reference_logits, mask, temperature=self.temperature)
 
+    def on_heads(self, ours: HiddenStates, reference: HiddenStates, mask: Tensor | None) -> Tensor:
+        """The same of hidden states, without logits of the whole batch."""
+        return divergence_of_heads(*ours, *reference, mask, "forward", self.temperature)
+
+    @property
+    def takes_heads(self) -> bool:
+        """Whether ``on_heads`` computes what ``on_logits`` does, which a subclass may have changed alone."""
+        owner = next(kind for kind in type(self).__mro__ if {"on_logits", "on_heads"} & vars(kind).keys())
+        return "on_heads" in vars(owner)
+
 
 _LOSSES: dict[LossName, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}
 

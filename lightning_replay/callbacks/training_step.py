@@ -4,11 +4,13 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.observed_targets import observed_targets
@@ -163,8 +165,12 @@ class ReplayStep:
         ignore_index: int,
     ) -> tuple[Any, Tensor | None]:
         """The output of the user's step, and the divergence on the rows of its own batch."""
+        assert isinstance(self.loss, LwF)
+        head = self._heads.of(model) if self.loss.takes_heads and _can_be_watched(model) else None
         with observed_forward(model) as observed:
-            output = step()
+            watched = nullcontext() if head is None else head.watched(lambda: observed.logits is not None)
+            with watched as seen:
+                output = step()
         if not _has_graph(output):
             return output, None
         if observed.logits is None:
@@ -173,11 +179,17 @@ class ReplayStep:
         if trained:
             raise _trained_inputs(model, trained)
         started = time.perf_counter()
-        with reference().active() as active:
-            reference_logits = observed.ask(active)
-        assert isinstance(self.loss, LwF)
         mask = observed_targets(batch, observed, model.vocabulary, ignore_index)
-        loss = self.loss.on_logits(observed.logits, reference_logits, mask)
+        before = None
+        # A loss of the model's own would find one number for each position in the place of its logits.
+        if seen and observed.asks_logits_alone and seen[0].states.shape[:-1] == observed.logits.shape[:-1]:
+            before = reference_hidden(self._heads, reference(), model, functools.partial(observed.ask, labels=False))
+        if seen and before is not None:
+            loss = self.loss.on_heads(seen[0], before, mask)
+        else:
+            with reference().active() as active:
+                reference_logits = observed.ask(active)
+            loss = self.loss.on_logits(observed.logits, reference_logits, mask)
         self.seconds += time.perf_counter() - started
         return output, loss
 
@@ -187,6 +199,12 @@ class ReplayStep:
         value = self.coefficient(step)
         _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
         return float(value)
+
+
+def _can_be_watched(model: LanguageModel) -> bool:
+    """Whether hidden states of the user's own call, and weights, can be used when the call is over."""
+    is_sharded = any(isinstance(part, FSDPModule) for part in model.module.modules())
+    return model.module is model.uncompiled.module and not is_sharded
 
 
 def _never_called(model: LanguageModel) -> MisconfigurationException:

@@ -148,6 +148,29 @@ class OutputHead:
             return output
 
     @contextmanager
+    def watched(self, done: Callable[[], bool]) -> Iterator[list[HiddenStates]]:
+        """Keep the hidden states of the head's last call that gradients flow through, with their graph.
+
+        Args:
+            done: Whether later calls are to be left out.
+
+        Yields:
+            A list that holds them once the head has been called.
+        """
+        found: list[HiddenStates] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled() and not done():
+                hidden = [*args, *kwargs.values()]
+                found[:] = [HiddenStates(hidden[0], self._resolved("forward" in vars(module)))]
+
+        handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    @contextmanager
     def _replaced(self) -> Iterator[None]:
         with self._lock:
             own = vars(self.module).get("forward")
@@ -168,16 +191,18 @@ class OutputHead:
         hidden = [*args, *kwargs.values()]
         if len(hidden) != 1 or not isinstance(hidden[0], Tensor) or hidden[0].dim() != 3:
             raise WholeLogitsError("its head is called with more than hidden states of shape (rows, positions, width)")
-        return self._inside(HiddenStates(hidden[0], self._resolved()))
+        return self._inside(HiddenStates(hidden[0], self._resolved(self._is_patched)))
 
-    def _resolved(self) -> Head:
+    def _resolved(self, is_patched: bool) -> Head:
         """The head with the weights that it has now."""
-        linear = None if self._is_patched else _linear_in(self.module, outermost=True)
+        linear = None if is_patched else _linear_in(self.module, outermost=True)
         if linear is None:
             trained = tuple(part for part in self.module.parameters() if part.requires_grad)
             if any(isinstance(part, DTensor) for part in self.module.parameters()):
                 raise WholeLogitsError("its head's weights are sharded while it is called")
-            return CalledHead(self._original, self.vocabulary, trained, self.transform)
+            return CalledHead(
+                self._original if self._inside else self.module.forward, self.vocabulary, trained, self.transform
+            )
         if isinstance(linear.weight, DTensor):
             raise WholeLogitsError("its head's weights are sharded while it is called")
         return LinearHead(linear.weight, linear.bias, self.transform)
