@@ -13,6 +13,13 @@ from lightning_replay.callbacks.replay_loss import KL, LwF, Mixed, NextToken, Re
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.sources import RowSource
+from lightning_replay.linear_losses import (
+    LogitTransform,
+    linear_divergence,
+    linear_divergence_from_top_k,
+    linear_next_token_loss,
+    linear_top_k_log_probs,
+)
 from lightning_replay.losses import (
     divergence_from_top_k,
     forward_kl,
@@ -55,6 +62,7 @@ __all__ = [
     "ForgettingMonitor",
     "KLDrift",
     "LanguageModel",
+    "LogitTransform",
     "LwF",
     "Mixed",
     "NextToken",
@@ -83,6 +91,10 @@ __all__ = [
     "generate_rows",
     "intransigence",
     "jensen_shannon",
+    "linear_divergence",
+    "linear_divergence_from_top_k",
+    "linear_next_token_loss",
+    "linear_top_k_log_probs",
     "next_token_loss",
     "reverse_kl",
     "sample_rows",

@@ -1,5 +1,6 @@
 """The callback that measures forgetting on held-out prior data during training."""
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_replay.callbacks.measuring import update_metrics
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.batches import Batches, ModelInputs, inputs_and_targets
 from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
-from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating, find_language_model
+from lightning_replay.models.head import OutputHeads
+from lightning_replay.models.language_model import LanguageModel, check_tokens, find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.reference import Auto, Save
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
@@ -136,6 +139,7 @@ class ForgettingMonitor(Callback):
         self._measured_at = -1
         self._values: dict[str, float] = {}
         self._model: LanguageModel | None = None
+        self._heads = OutputHeads()
 
     @property
     @override
@@ -168,6 +172,7 @@ class ForgettingMonitor(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._own_reference.begin_training()
+        self._heads = OutputHeads()
         self._model = find_language_model(pl_module, self._language_model(trainer))
         if self._resumed:
             # Other callbacks may monitor the last values before the next measurement.
@@ -216,11 +221,11 @@ class ForgettingMonitor(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._model = None
+        self._model, self._heads = None, OutputHeads()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._model = None
+        self._model, self._heads = None, OutputHeads()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -275,13 +280,8 @@ class ForgettingMonitor(Callback):
             inputs = self._checked(name, batch, model)
             targets = inputs.targets.to(pl_module.device)
             with trainer.precision_plugin.val_step_context():
-                with evaluating(model.module):
-                    logits = _logits(model, inputs, pl_module.device)
-                loss.update(logits, targets)
-                accuracy.update(logits, targets)
-                if reference is not None:
-                    with reference.active() as before:
-                        drift.update(logits, _logits(before, inputs, pl_module.device), targets)
+                call = functools.partial(_logits, inputs=inputs, device=pl_module.device)
+                update_metrics(self._heads, model, reference, call, targets, loss, accuracy, drift)
         with loss.sync_context():
             empty = not loss.count
         if empty:

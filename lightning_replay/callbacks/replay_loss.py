@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.linear_losses import divergence_of_heads, next_token_loss_of_head, top_k_divergence_of_head
 from lightning_replay.losses import (
     Divergence,
     divergence_from_top_k,
@@ -16,6 +18,7 @@ from lightning_replay.losses import (
     next_token_loss,
     reverse_kl,
 )
+from lightning_replay.models.head import HiddenStates
 from lightning_replay.references.reference import Cached, Reference
 from lightning_replay.utilities.validation import check_choice, is_number
 
@@ -58,6 +61,29 @@ class ReplayLoss(ABC):
     def cached(self, reference: Reference) -> Cached | None:
         """The reference if rows carry its log-probabilities for this loss, else None."""
         return reference if self.takes_cached and isinstance(reference, Cached) else None
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether ``on_hidden`` computes what ``__call__`` does: both are of one class, neither alone of a subclass."""
+        owner = next(kind for kind in type(self).__mro__ if {"__call__", "on_hidden"} & vars(kind).keys())
+        return owner is not ReplayLoss and "on_hidden" in vars(owner)
+
+    def asks_reference(self, rows: ReplayRows) -> bool:
+        """Whether the loss on these rows needs a forward of the reference."""
+        return self.needs_reference and not (self.takes_cached and rows.top_ids is not None)
+
+    def on_hidden(self, ours: HiddenStates, rows: ReplayRows, reference: HiddenStates | None) -> Tensor:
+        """The same loss of hidden states, without logits of the whole batch; a loss of your own needs none.
+
+        Args:
+            ours: The model's hidden states after each token of the rows but the last, and its head.
+            rows: The rows.
+            reference: Those of the reference, without a graph; None if ``asks_reference`` is False.
+
+        Raises:
+            NotImplementedError: If the loss takes logits alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is computed from logits.")
 
     @abstractmethod
     def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
@@ -108,6 +134,14 @@ class KL(ReplayLoss):
         function = _DIVERGENCES[self.direction]
         return function(logits, reference_logits(), rows.targets_mask, temperature=self.temperature)
 
+    @override
+    def on_hidden(self, ours: HiddenStates, rows: ReplayRows, reference: HiddenStates | None) -> Tensor:
+        mask, options = rows.targets_mask, (self.direction, self.temperature)
+        if rows.top_ids is not None and rows.top_log_probs is not None:
+            return top_k_divergence_of_head(*ours, rows.top_ids, rows.top_log_probs, mask, *options)
+        assert reference is not None
+        return divergence_of_heads(*ours, *reference, mask, *options)
+
 
 @dataclass(frozen=True)
 class NextToken(ReplayLoss):
@@ -119,6 +153,10 @@ class NextToken(ReplayLoss):
     def __call__(self, logits: Tensor, rows: ReplayRows, reference_logits: Callable[[], Tensor]) -> Tensor:
         """The next-token loss on replay rows."""
         return next_token_loss(logits, rows.tokens[:, 1:], rows.targets_mask)
+
+    @override
+    def on_hidden(self, ours: HiddenStates, rows: ReplayRows, reference: HiddenStates | None) -> Tensor:
+        return next_token_loss_of_head(*ours, rows.tokens[:, 1:], rows.targets_mask)
 
 
 @dataclass(frozen=True)
@@ -166,6 +204,16 @@ class LwF(ReplayLoss):
     def on_logits(self, logits: Tensor, reference_logits: Tensor, mask: Tensor | None) -> Tensor:
         """The divergence of logits, averaged over the positions in a mask of shape ``(rows, positions)``."""
         return forward_kl(logits, reference_logits, mask, temperature=self.temperature)
+
+    def on_heads(self, ours: HiddenStates, reference: HiddenStates, mask: Tensor | None) -> Tensor:
+        """The same of hidden states, without logits of the whole batch."""
+        return divergence_of_heads(*ours, *reference, mask, "forward", self.temperature)
+
+    @property
+    def takes_heads(self) -> bool:
+        """Whether ``on_heads`` computes what ``on_logits`` does, which a subclass may have changed alone."""
+        owner = next(kind for kind in type(self).__mro__ if {"on_logits", "on_heads"} & vars(kind).keys())
+        return "on_heads" in vars(owner)
 
 
 _LOSSES: dict[LossName, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}

@@ -4,18 +4,22 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.observed_targets import observed_targets
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
 from lightning_replay.data.feed import RowFeed
+from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.hooks import observed_forward
 from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.references.hidden import reference_hidden
 from lightning_replay.references.models import ReferenceModel
 from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import is_number
@@ -49,6 +53,7 @@ class ReplayStep:
         self.last_loss: Tensor | None = None
         self.last_coefficient = 0.0
         self.seconds = 0.0
+        self._heads = OutputHeads()
 
     def wrap(
         self,
@@ -84,6 +89,9 @@ class ReplayStep:
             A function that restores the module's step.
         """
         original, self.last_loss = pl_module.training_step, None
+        self._heads = OutputHeads()
+        if feed is not None and self.loss.takes_hidden:
+            self._heads.of(model)  # so that what can be said of it is said before the first step
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -125,9 +133,28 @@ class ReplayStep:
                 return active.logits(tokens)
 
         with own_randomness(model.device, *key):
-            loss = self.loss(model.logits(tokens), rows, reference_logits)
+            loss = self._from_hidden(model, reference, rows, tokens) if self.loss.takes_hidden else None
+            if loss is None:
+                loss = self.loss(model.logits(tokens), rows, reference_logits)
         self.seconds += time.perf_counter() - started
         return output, loss
+
+    def _from_hidden(
+        self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
+    ) -> Tensor | None:
+        """The loss on replay rows, without logits of the whole batch; None if whole logits are to be taken."""
+        if self._heads.of(model) is None:
+            return None
+
+        def call(asked: LanguageModel) -> Tensor:
+            return asked.logits(tokens)
+
+        before = None
+        if self.loss.asks_reference(rows):
+            before = reference_hidden(self._heads, reference(), model, call)
+            if before is None:
+                return None
+        return self._heads.run(model, call, functools.partial(self.loss.on_hidden, rows=rows, reference=before))
 
     def _on_new_rows(
         self,
@@ -138,8 +165,12 @@ class ReplayStep:
         ignore_index: int,
     ) -> tuple[Any, Tensor | None]:
         """The output of the user's step, and the divergence on the rows of its own batch."""
+        assert isinstance(self.loss, LwF)
+        head = self._heads.of(model) if self.loss.takes_heads and _can_be_watched(model) else None
         with observed_forward(model) as observed:
-            output = step()
+            watched = nullcontext() if head is None else head.watched(lambda: observed.logits is not None)
+            with watched as seen:
+                output = step()
         if not _has_graph(output):
             return output, None
         if observed.logits is None:
@@ -148,11 +179,17 @@ class ReplayStep:
         if trained:
             raise _trained_inputs(model, trained)
         started = time.perf_counter()
-        with reference().active() as active:
-            reference_logits = observed.ask(active)
-        assert isinstance(self.loss, LwF)
         mask = observed_targets(batch, observed, model.vocabulary, ignore_index)
-        loss = self.loss.on_logits(observed.logits, reference_logits, mask)
+        before = None
+        # A loss of the model's own would find one number for each position in the place of its logits.
+        if seen and observed.asks_logits_alone and seen[0].states.shape[:-1] == observed.logits.shape[:-1]:
+            before = reference_hidden(self._heads, reference(), model, functools.partial(observed.ask, labels=False))
+        if seen and before is not None:
+            loss = self.loss.on_heads(seen[0], before, mask)
+        else:
+            with reference().active() as active:
+                reference_logits = observed.ask(active)
+            loss = self.loss.on_logits(observed.logits, reference_logits, mask)
         self.seconds += time.perf_counter() - started
         return output, loss
 
@@ -162,6 +199,12 @@ class ReplayStep:
         value = self.coefficient(step)
         _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
         return float(value)
+
+
+def _can_be_watched(model: LanguageModel) -> bool:
+    """Whether hidden states of the user's own call, and weights, can be used when the call is over."""
+    is_sharded = any(isinstance(part, FSDPModule) for part in model.module.modules())
+    return model.module is model.uncompiled.module and not is_sharded
 
 
 def _never_called(model: LanguageModel) -> MisconfigurationException:

@@ -14,6 +14,22 @@ from lightning_replay.models.language_model import LanguageModel, argument_names
 __all__ = ["ObservedForward", "observed_forward"]
 
 
+_LABELS = frozenset({"labels", "shift_labels", "num_items_in_batch"})
+"""Arguments of which a Hugging Face model computes a loss of its own."""
+
+_INPUTS = frozenset(
+    {
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "cache_position",
+        "logits_to_keep",
+    }
+)
+
+
 class ObservedForward:
     """The arguments and the logits of a model's call.
 
@@ -63,10 +79,22 @@ class ObservedForward:
                 return value
         return None
 
-    def ask(self, model: LanguageModel) -> Tensor:
-        """The logits of another model for the same call, on the device of the first model's."""
+    @property
+    def asks_logits_alone(self) -> bool:
+        """Whether the call, without its labels, asks for logits alone and no loss: so far as names can tell."""
+        tensors = [name for name, value in list(self.arguments.items())[1:] if isinstance(value, Tensor)]
+        return len(self._args) <= 1 and set(tensors) <= _INPUTS | _LABELS
+
+    def ask(self, model: LanguageModel, labels: bool = True) -> Tensor:
+        """The logits of another model for the same call, on the device of the first model's.
+
+        Args:
+            model: The other model.
+            labels: Whether it gets the labels too.
+        """
         assert self.logits is not None
-        args, kwargs = apply_to_collection((self._args, self._kwargs), Tensor, lambda value: value.to(model.device))
+        kept = {name: value for name, value in self._kwargs.items() if labels or name not in _LABELS}
+        args, kwargs = apply_to_collection((self._args, kept), Tensor, lambda value: value.to(model.device))
         return model.logits_in(model.module(*args, **kwargs)).to(self.logits.device)
 
 

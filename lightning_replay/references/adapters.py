@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class DisabledAdapter(ReferenceModel):
     Args:
         model: The PEFT model.
     """
+
+    weights_stay: ClassVar[bool] = True
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ __all__ = ["FrozenCopy", "LiveModel", "MovingAverage", "ReferenceModel", "SavedR
 
 class ReferenceModel(ABC):
     """A language model in evaluation mode, without gradients, for as long as it is needed."""
+
+    weights_stay: ClassVar[bool] = False
+    """Whether the weights that the language model has in ``active`` are still the same ones, in the same memory, after
+    it, until the next optimizer step. If not, its output head is copied for the replay loss."""
 
     @abstractmethod
     def active(self) -> AbstractContextManager[LanguageModel]:
@@ -44,6 +49,8 @@ class LiveModel(ReferenceModel):
         model: The model. For a module of one's own: ``model.on(module)``.
     """
 
+    weights_stay: ClassVar[bool] = True
+
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
 
@@ -69,6 +76,8 @@ class FrozenCopy(SavedReference):
     Raises:
         MisconfigurationException: If the copy would compute with the weights of the model that trains.
     """
+
+    weights_stay: ClassVar[bool] = True
 
     def __init__(
         self, model: LanguageModel, dtype: torch.dtype | None = None, device: torch.device | str | None = None
