@@ -325,11 +325,14 @@ class _ChunkedSum(torch.autograd.Function):
                 "The loss of a head that runs in chunks was differentiated a second time, but its gradients are handed "
                 "over the first time, since a copy would be as large as the head. Compute the loss again."
             )
+        # In place, and in 32 bits: a copy of the weight's gradient would be as large as the head. A view of it would be
+        # one too: autograd then adds the gradient of a tied embedding out of place.
         scaled = [
-            # In place, and in 32 bits: a copy of the weight's gradient would be as large as the head.
-            None if part is None else part.mul_(upstream).to(dtype).view(shape)
-            for part, (shape, dtype) in zip(gradients, ctx.inputs, strict=True)
+            part if part is None else part.mul_(upstream).to(dtype)
+            for part, (_, dtype) in zip(gradients, ctx.inputs, strict=True)
         ]
+        if scaled[0] is not None:
+            scaled[0] = scaled[0].view(ctx.inputs[0][0])
         return (None, None, None, *scaled)
 
 

@@ -224,6 +224,13 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
         assert not linear_next_token_loss(given.hidden, given.weight, given.targets).requires_grad
 
 
+def test_the_gradient_of_the_weight_is_handed_over_so_that_a_tied_embedding_adds_to_it_in_place() -> None:
+    given = Given(torch.float32)
+    loss = linear_next_token_loss(given.hidden, given.weight, given.targets)
+    (gradient,) = torch.autograd.grad(loss, given.weight)
+    assert gradient._base is None  # autograd copies a view before it adds to it
+
+
 def test_a_loss_that_is_differentiated_twice_is_refused() -> None:
     given = Given()
     loss = linear_next_token_loss(given.hidden, given.weight, given.targets)
