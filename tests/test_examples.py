@@ -177,6 +177,16 @@ def test_the_speed_of_generating_is_measured_without_and_with_log_probabilities(
     assert cached - plain > 15 * 64 * 2  # 15 positions' log-probabilities in 16 bits, and whose they are
 
 
+def test_the_memory_of_the_head_is_measured_with_whole_logits_and_in_chunks(scratch: Path, tmp_path: Path) -> None:
+    of_model, of_loss = tables(printed("benchmarks/head_memory.py", scratch, tmp_path, "--json=memory.json"))
+    figures = json.loads((tmp_path / "memory.json").read_text())
+    assert [one["way"] for one in figures["model"]] == ["whole", "chunks"]
+    assert all(one["seconds"] > 0 for one in figures["model"] + figures["loss"])
+    assert [row[0] for row in of_model[1:]] == ["512"]
+    assert [row[0] for row in of_loss[1:]] == ["16", "64"]
+    assert tables((tmp_path / "memory.md").read_text()) == [of_model, of_loss]
+
+
 def test_no_script_is_left_without_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     unnamed = {path.stem for path in EXAMPLES.rglob("*.py") if f'{path.name}"' not in tests}
