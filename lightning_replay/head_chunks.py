@@ -33,9 +33,9 @@ __all__ = [
 Place = slice | Tensor
 """Positions of a chunk, as an index into tensors of shape ``(all positions, ...)``."""
 
-_CHUNK = {"cpu": 3 * 2**22, "device": 2**25}
+_CHUNK = {"cpu": 2**24, "device": 2**25}
 """Logits in a chunk. The weight is read anew for each chunk, so small ones cost time. At a vocabulary of 128k,
-these are 98 and 261 positions."""
+these are 130 and 261 positions."""
 
 _BLOCK = 2**14
 """Rows of a 16-bit weight whose gradient is added up in 32 bits at a time."""
