@@ -108,4 +108,5 @@ _LATER = {"ChatDataModule": "lightning_replay.data.chat", "TextDataModule": "lig
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    found = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return found
