@@ -20,8 +20,9 @@ from lightning_replay.head_chunks import (
 from lightning_replay.losses import (
     _DIVERGENCES,
     _NEVER,
-    _PART,
     Divergence,
+    _check_temperature,
+    _parts,
     divergence_from_top_k,
     top_k_log_probs,
 )
@@ -333,12 +334,6 @@ class _Divergence:
         return self._memory[:, : len(part)]
 
 
-def _parts(logits: Tensor) -> list[slice]:
-    """Parts of a chunk that are compared at a time, as in ``lightning_replay.losses``."""
-    size = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
-
-
 def _mean(hidden: Tensor, head: Head, compare: Compare, mask: Tensor | None) -> Tensor:
     if mask is None:
         return chunked_sum(head, hidden, compare, None) / hidden.shape[:-1].numel()
@@ -349,8 +344,3 @@ def _mean(hidden: Tensor, head: Head, compare: Compare, mask: Tensor | None) -> 
         )
     selected = mask.flatten().nonzero().squeeze(1)
     return chunked_sum(head, hidden, compare, selected) / max(1, len(selected))
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"`temperature` divides the logits and has to be above 0; got {temperature}.")

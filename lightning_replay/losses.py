@@ -294,10 +294,10 @@ class _Divergence(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # In 32 bits, since `backward` scales it: in 16 bits it would be rounded twice.
             gradient = torch.empty_like(logits, dtype=torch.float32)
-        part = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // outcomes)
-        memory = torch.empty(4, min(part, len(logits)), outcomes, dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), part):
-            some = slice(start, start + part)
+        parts = _parts(logits)
+        largest = len(logits[parts[0]]) if parts else 0
+        memory = torch.empty(4, largest, outcomes, dtype=torch.float32, device=logits.device)
+        for some in parts:
             log_p, log_pi, p, pi = memory[:, : len(logits[some])]
             for given, log_probs, probs in ((logits, log_p, p), (reference_logits, log_pi, pi)):
                 softened = _softened(given[some], temperature)
@@ -340,10 +340,20 @@ def _divergence(
     return values if reduction == "none" else _mean(values, mask)
 
 
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in 32-bit floats, divided by the temperature."""
+def _parts(logits: Tensor) -> list[slice]:
+    """Parts of logits of shape ``(positions, outcomes)`` that are compared at a time."""
+    size = max(1, _PART["cpu" if logits.device.type == "cpu" else "device"] // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"`temperature` divides the logits and has to be above 0; got {temperature}.")
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in 32-bit floats, divided by the temperature."""
+    _check_temperature(temperature)
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 

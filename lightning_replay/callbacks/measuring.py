@@ -37,42 +37,16 @@ def update_metrics(
         accuracy: As ``loss``.
         drift: As ``loss``.
     """
-    if _update_in_chunks(heads, model, reference, call, targets, loss, accuracy, drift):
-        return
-    with evaluating(model.module):
-        logits = call(model)
-    loss.update(logits, targets)
-    accuracy.update(logits, targets)
-    if reference is not None:
-        with reference.active() as before:
-            drift.update(logits, call(before), targets)
-
-
-def _update_in_chunks(
-    heads: OutputHeads,
-    model: LanguageModel,
-    reference: ReferenceModel | None,
-    call: Callable[[LanguageModel], Tensor],
-    targets: Tensor,
-    loss: TokenLoss,
-    accuracy: TokenAccuracy,
-    drift: KLDrift,
-) -> bool:
-    """Add a batch a chunk of positions at a time; False, and nothing is added, if whole logits are to be taken."""
-    if heads.of(model) is None:
-        return False
-    before = None
-    if reference is not None:
+    before, in_chunks = None, heads.of(model) is not None
+    if in_chunks and reference is not None:
         before = reference_hidden(heads, reference, model, call)
-        if before is None:
-            return False
-    flat = targets.flatten()
-    selected = (flat != loss.ignore_index).nonzero().squeeze(1)
+        in_chunks = before is not None
 
     def measure(given: HiddenStates) -> bool:
-        chunks = chunk_logits(given.head, given.states, selected)
+        flat = targets.flatten()
+        selected = (flat != loss.ignore_index).nonzero().squeeze(1)
         reference_chunks = None if before is None else chunk_logits(before.head, before.states, selected)
-        for place, chunk in chunks:
+        for place, chunk in chunk_logits(given.head, given.states, selected):
             logits, wanted = chunk.unsqueeze(0), flat[place].unsqueeze(0)  # as one row
             loss.update(logits, wanted)
             accuracy.update(logits, wanted)
@@ -81,5 +55,14 @@ def _update_in_chunks(
                 drift.update(logits, theirs.unsqueeze(0), wanted)
         return True
 
-    with evaluating(model.module), torch.no_grad():
-        return bool(heads.run(model, call, measure))
+    if in_chunks:
+        with evaluating(model.module), torch.no_grad():
+            if heads.run(model, call, measure):
+                return
+    with evaluating(model.module):
+        logits = call(model)
+    loss.update(logits, targets)
+    accuracy.update(logits, targets)
+    if reference is not None:
+        with reference.active() as asked:
+            drift.update(logits, call(asked), targets)

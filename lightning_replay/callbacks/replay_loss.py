@@ -65,7 +65,7 @@ class ReplayLoss(ABC):
     @property
     def takes_hidden(self) -> bool:
         """Whether ``on_hidden`` computes what ``__call__`` does: both are of one class, neither alone of a subclass."""
-        owner = next(kind for kind in type(self).__mro__ if {"__call__", "on_hidden"} & vars(kind).keys())
+        owner = _owner(self, "__call__", "on_hidden")
         return owner is not ReplayLoss and "on_hidden" in vars(owner)
 
     def asks_reference(self, rows: ReplayRows) -> bool:
@@ -212,8 +212,12 @@ class LwF(ReplayLoss):
     @property
     def takes_heads(self) -> bool:
         """Whether ``on_heads`` computes what ``on_logits`` does, which a subclass may have changed alone."""
-        owner = next(kind for kind in type(self).__mro__ if {"on_logits", "on_heads"} & vars(kind).keys())
-        return "on_heads" in vars(owner)
+        return "on_heads" in vars(_owner(self, "on_logits", "on_heads"))
+
+
+def _owner(loss: ReplayLoss, *methods: str) -> type:
+    """The class closest to a loss's own that defines any of these methods."""
+    return next(kind for kind in type(loss).__mro__ if set(methods) & vars(kind).keys())
 
 
 _LOSSES: dict[LossName, type[ReplayLoss]] = {"kl": KL, "ntp": NextToken, "mixed": Mixed, "lwf": LwF}
