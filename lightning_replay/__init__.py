@@ -41,7 +41,7 @@ from lightning_replay.metrics import (
 )
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import LanguageModel
-from lightning_replay.references.reference import EMA, Adapter, Cached, Copy, Reference
+from lightning_replay.references.reference import EMA, Adapter, Cached, Copy, Model, Reference
 from lightning_replay.sampling.cluster import Ray
 from lightning_replay.sampling.draw import sample_rows
 from lightning_replay.sampling.generate import generate_rows
@@ -65,6 +65,7 @@ __all__ = [
     "LogitTransform",
     "LwF",
     "Mixed",
+    "Model",
     "NextToken",
     "Perplexity",
     "Policy",

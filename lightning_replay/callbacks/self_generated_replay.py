@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -93,7 +94,8 @@ class SelfGeneratedReplay(Callback):
             beside the rows, ``Cached(top_k)``, so that training needs no second model. Without an adapter to switch
             off, all rows are then sampled before the first step, as many as the run uses, and never replaced.
             ``"ema"``: an exponential moving average of the weights, ``EMA(decay)``, which protects against sudden
-            change, not against slow change. Or a ``Reference`` of your own.
+            change, not against slow change. Or another model: a module, or ``Model(folder_or_name)``; or a
+            ``Reference`` of your own.
         sampling: How rows are sampled.
         source: Whose samples to replay. ``"reference"``: those of the reference model, as the paper does.
             ``"live"``: those of the model as it trains. With ``"ntp"`` that needs no second model, but it replays what
@@ -146,7 +148,7 @@ class SelfGeneratedReplay(Callback):
         self,
         loss: LossName | ReplayLoss = "kl",
         coefficient: float | Callable[[int], float] = DEFAULT_COEFFICIENT,
-        reference: ReferenceName | Reference = "auto",
+        reference: ReferenceName | Reference | nn.Module = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008
         source: Source = "reference",
         *,

@@ -16,14 +16,17 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_replay.head_chunks import CalledHead, Head, LinearHead, LogitTransform, chunk_logits
 from lightning_replay.models.calls import evaluating
@@ -39,6 +42,8 @@ _POINTS = [sign * 2.0**exponent for exponent in _EXPONENTS for sign in (1.0, -1.
 """What is put in the head's place: powers of two, which every type holds exactly, the largest beyond every bound."""
 _LENGTH = 4
 """Tokens in each row of the trial."""
+_BLOCK = 2**14
+"""Outputs of a quantized head that are computed at a time."""
 _TRIALS = 4
 """How many modules are tried at most."""
 
@@ -205,6 +210,11 @@ class OutputHead:
             )
         if isinstance(linear.weight, DTensor):
             raise WholeLogitsError("its head's weights are sharded while it is called")
+        wraps_others = is_traceable_wrapper_subclass(linear.weight)
+        if wraps_others:  # a quantized weight, which is no matrix to multiply with
+            if any(part.requires_grad for part in linear.parameters()):
+                raise WholeLogitsError("its head's weights train and are no plain tensors")
+            return CalledHead(partial(_in_blocks, linear.weight, linear.bias), self.vocabulary, (), self.transform)
         return LinearHead(linear.weight, linear.bias, self.transform)
 
 
@@ -243,6 +253,13 @@ class OutputHeads:
         except WholeLogitsError as error:
             self.give_up(model, error)
             return None
+
+
+def _in_blocks(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    """A linear layer, a block of outputs at a time: the call may make a matrix of another type of the weight."""
+    starts = range(0, len(weight), _BLOCK)
+    outputs = torch.cat([F.linear(hidden, weight[start : start + _BLOCK]) for start in starts], -1)
+    return outputs if bias is None else outputs + bias
 
 
 class _Tied(torch.autograd.Function):

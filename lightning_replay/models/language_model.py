@@ -56,16 +56,20 @@ class LanguageModel:
         context: The longest row that it takes, if its configuration has it.
         has_cache: Whether it keeps what it has read between calls, the Hugging Face way: keys and values, or the
             state of a recurrent model.
+        runs_on: Where it computes, if that is not where its weights are.
     """
 
     module: nn.Module
     vocabulary: int
     context: int | None
     has_cache: bool
+    runs_on: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Where it computes."""
+        if self.runs_on is not None:
+            return self.runs_on
         weights = [*self.module.parameters(), *self.module.buffers()]
         return weights[0].device if weights else torch.device("cpu")
 
@@ -116,8 +120,8 @@ class LanguageModel:
         return self.logits_in(self.module(tokens.to(self.device), **options)).to(tokens.device)
 
 
-def find_language_model(pl_module: pl.LightningModule, path: str | None) -> LanguageModel:
-    """Find the causal language model that a LightningModule trains.
+def find_language_model(pl_module: nn.Module, path: str | None) -> LanguageModel:
+    """Find the causal language model that a LightningModule trains, or describe any other module as one.
 
     Without a path, that is its outermost Hugging Face or PEFT model (the one that trains, where there are
     several), else the one child that holds all its parameters, else the LightningModule itself.
@@ -126,7 +130,7 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
     what sampling without one costs.
 
     Args:
-        pl_module: The user's module.
+        pl_module: The user's module. Of one that is no LightningModule, the language model is the module itself.
         path: Where the model is, as an attribute path such as ``"model"`` or ``"student.gpt"``; ``""`` is the
             LightningModule itself.
 
@@ -134,7 +138,7 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
         MisconfigurationException: If the path leads nowhere, no logits are found, or they depend on later tokens.
     """
     if path is None:
-        module, path = _guess(pl_module)
+        module, path = _guess(pl_module) if isinstance(pl_module, pl.LightningModule) else (pl_module, "")
     else:
         try:
             module = pl_module.get_submodule(path)
@@ -143,7 +147,8 @@ def find_language_model(pl_module: pl.LightningModule, path: str | None) -> Lang
                 f"`language_model={path!r}` names no module of {type(pl_module).__name__}: {error}. "
                 f"Its children are {[name for name, _ in pl_module.named_children()]}."
             ) from error
-    return _describe(module, f"{type(pl_module).__name__}.{path}".rstrip("."), pl_module.device)
+    device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+    return _describe(module, f"{type(pl_module).__name__}.{path}".rstrip("."), device)
 
 
 def _guess(pl_module: pl.LightningModule) -> tuple[nn.Module, str]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.probe import probe_logits, probe_tokens
 
-__all__ = ["check_independent", "independent_copy"]
+__all__ = ["check_independent", "check_unused", "independent_copy"]
 
 _LENGTH, _SHORT = 16, 4
 """Tokens of the probe; the second is that of a model whose context is not known."""
@@ -86,6 +86,23 @@ def check_independent(copy: LanguageModel, live: LanguageModel) -> None:
             f"they differ by up to {float((ours - theirs).abs().max()):.3g} at a largest of "
             f"{float(theirs.abs().max()):.3g}. See that `copy.deepcopy` of the model computes what the model does, in "
             "evaluation mode."
+        )
+
+
+def check_unused(live: LanguageModel, other: LanguageModel) -> None:
+    """Test that another model does not compute with the weights of the one that trains.
+
+    Raises:
+        MisconfigurationException: If it does, with the path of the submodule in which it does.
+    """
+    length = _SHORT if other.context is None or live.context is None else _LENGTH
+    tokens = probe_tokens(other, length)
+    before = probe_logits(other, tokens)
+    if _follows(other, live.module, tokens, before):
+        raise MisconfigurationException(
+            "The model that is to be the reference computes with weights of the model that trains, in "
+            f"{_described(_followed(other, live, tokens, before), live.module)}, so it would follow it. Use "
+            "`reference='copy'`, or pass a `copy.deepcopy` of the model made before it trains."
         )
 
 

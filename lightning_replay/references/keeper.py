@@ -157,7 +157,7 @@ class ReferenceKeeper:
             return reference
         if weights is not None:
             reference.load_state_dict(weights)
-        elif self.resumed_from(trainer) is not None:
+        elif reference.comes_from_model and self.resumed_from(trainer) is not None:
             raise MisconfigurationException(
                 f"The run resumes from {trainer.ckpt_path}, which holds no reference model: it was saved with "
                 "`save_weights_only=True` or without replay, and the model before finetuning can't be told from its "

@@ -6,11 +6,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel, evaluating
 from lightning_replay.references.independence import independent_copy
+from lightning_replay.references.probe import probe_logits, probe_tokens
+from lightning_replay.references.quantized import load_plain_state, plain_state, quantize_to_int8
 
 __all__ = ["FrozenCopy", "LiveModel", "MovingAverage", "ReferenceModel", "SavedReference"]
 
@@ -32,6 +36,9 @@ class ReferenceModel(ABC):
 
 class SavedReference(ReferenceModel):
     """A reference whose weights belong into checkpoints: they can't be taken again from a model that has trained."""
+
+    comes_from_model: ClassVar[bool] = True
+    """Whether it is made of the model's weights, so that a run can't resume from a checkpoint that doesn't hold it."""
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Tensor]:
@@ -72,19 +79,29 @@ class FrozenCopy(SavedReference):
         dtype: The type of the copy's weights; by default the model's. A type of half the bits takes half the memory.
             Differences that it rounds away are not protected.
         device: The device of the copy; by default the model's. Tokens are moved there and logits back.
+        quantize: ``"int8"``: the weights of linear and embedding layers become 8-bit integers, with a scale a row.
 
     Raises:
-        MisconfigurationException: If the copy would compute with the weights of the model that trains.
+        MisconfigurationException: If the copy would compute with the weights of the model that trains, or it can't be
+            quantized.
     """
 
     weights_stay: ClassVar[bool] = True
 
     def __init__(
-        self, model: LanguageModel, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        model: LanguageModel,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
     ) -> None:
         copy = independent_copy(model)
         copy.module.eval().requires_grad_(False)
-        self._model = copy.on(copy.module.to(device=device, dtype=dtype))
+        if dtype is not None:
+            copy.module.to(dtype=dtype)
+        if quantize is not None:
+            self._quantize(copy)
+        self._model = copy.on(copy.module.to(device=device))
 
     @override
     @contextmanager
@@ -95,12 +112,38 @@ class FrozenCopy(SavedReference):
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self._model.module.state_dict()
-        return state
+        return plain_state(self._model.module)
 
     @override
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._model.module.load_state_dict(dict(state))
+        load_plain_state(self._model.module, state)
+
+    @staticmethod
+    def _quantize(copy: LanguageModel) -> None:
+        """Quantize a copy, say how much of it that was, and try it."""
+        before = _bytes(copy.module)
+        share = quantize_to_int8(copy.module)
+        try:
+            logits = probe_logits(copy, probe_tokens(copy, 4))
+        except Exception as error:  # whatever the model's own code does with its weights
+            raise MisconfigurationException(
+                f"{type(copy.module).__name__} can't be called with weights in 8 bits: {type(error).__name__}: {error} "
+                "Use `Copy(dtype='bfloat16')`."
+            ) from error
+        if not bool(logits.isfinite().all()):
+            raise MisconfigurationException(
+                f"With weights in 8 bits, {type(copy.module).__name__} gives logits that are not finite. Use "
+                "`Copy(dtype='bfloat16')`."
+            )
+        rank_zero_info(
+            f"Replay: the reference holds {share:.0%} of its weights in 8 bits, {_bytes(copy.module) / 2**20:,.0f} MiB "
+            f"instead of {before / 2**20:,.0f}. The first `replay/loss` is its divergence from the exact copy."
+        )
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    """The memory of a module's weights and buffers."""
+    return sum({part.data_ptr(): part.nbytes for part in plain_state(module).values()}.values())
 
 
 class MovingAverage(FrozenCopy):

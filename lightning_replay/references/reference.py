@@ -1,26 +1,32 @@
 """Which model is the reference π, and how it is taken from the model that trains."""
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.adapters import DisabledAdapter, adapter_is_idle
 from lightning_replay.references.models import FrozenCopy, MovingAverage, ReferenceModel
+from lightning_replay.references.offloaded import OffloadedCopy
+from lightning_replay.references.own import OwnModel, check_same_tokens, load_own
 from lightning_replay.references.sharded import ShardedCopy
 from lightning_replay.utilities.distributed import is_sharded
 from lightning_replay.utilities.validation import is_number, is_whole
 
-__all__ = ["EMA", "Adapter", "Auto", "Cached", "Copy", "Reference", "ReferenceName", "reference_of"]
+__all__ = ["EMA", "Adapter", "Auto", "Cached", "Copy", "Model", "Reference", "ReferenceName", "reference_of"]
 
 ReferenceName = Literal["auto", "copy", "adapter", "cached", "ema"]
 
 Since = Literal["fit", "first"]
+
+Quantize = Literal["int8"]
 
 Save = Literal["inside", "beside"]
 
@@ -29,13 +35,9 @@ class Reference(ABC):
     """Which model is the reference π. A subclass with ``take`` is a reference of one's own.
 
     Example:
-        >>> from lightning_replay.references.models import LiveModel
-        >>> class Teacher(Reference):
-        ...     def __init__(self, module):
-        ...         self.module = module
-        ...
+        >>> class Small(Reference):
         ...     def take(self, model, trainer):
-        ...         return LiveModel(model.on(self.module.to(model.device)))
+        ...         return Copy(dtype="bfloat16").take(model, trainer)
     """
 
     since: Since = "fit"
@@ -87,6 +89,12 @@ class Copy(_Since):
         dtype: The type of the copy's weights, such as ``"bfloat16"``; by default the model's. Differences that a
             smaller type rounds away are not protected.
         device: The device of the copy; by default the model's.
+        quantize: ``"int8"`` keeps the weights of linear and embedding layers as 8-bit integers with a 32-bit scale a
+            row, a quarter of the memory of 32 bits, with torchao (``pip install "lightning-replay[torchao]"``). The
+            samples and the divergence are then those of the rounded model; the first ``replay/loss`` of a fit is its
+            divergence from the exact one.
+        offload: Keep the weights on ``device``, by default the CPU, and compute where the model is: they are fetched
+            module by module, the next one meanwhile. Each token that is sampled takes all weights over the bus.
         save: ``"inside"``: in each checkpoint, which is larger by the model's weights and complete by itself.
             ``"beside"``: once in each folder of checkpoints, as ``reference-<hash>.safetensors``, which the
             checkpoints name; move the folder as a whole. A missing or altered file is refused.
@@ -102,12 +110,16 @@ class Copy(_Since):
 
     dtype: str | torch.dtype | None = None
     device: str | torch.device | None = None
+    quantize: Quantize | None = None
+    offload: bool = False
     save: Save = "inside"
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
         _floating(self.dtype, type(self).__name__)
+        if self.quantize not in (None, *get_args(Quantize)):
+            raise ValueError(f"`quantize` of {type(self).__name__} is 'int8' or None; got {self.quantize!r}.")
         if self.save not in get_args(Save):
             raise ValueError(f"`save` of {type(self).__name__} is 'inside' or 'beside'; got {self.save!r}.")
 
@@ -117,22 +129,25 @@ class Copy(_Since):
 
         Raises:
             MisconfigurationException: If the weights are sharded and the copy is to have another type or device, or if
-                the copy would compute with the weights of the model that trains.
+                the copy would compute with the weights of the model that trains, or can't be quantized.
         """
         dtype = _floating(self.dtype, type(self).__name__)
-        if not is_sharded(trainer):
-            return FrozenCopy(model, dtype, self.device)
-        if dtype is not None or self.device is not None:
-            raise MisconfigurationException(
-                f"{self} was given for a model whose weights are sharded. Each process then keeps its part of the "
-                "copy, on the device and in the type of the model's part. Leave out `dtype` and `device`."
-            )
-        return ShardedCopy(model)
+        if is_sharded(trainer):
+            if (dtype, self.device, self.quantize, self.offload) != (None, None, None, False):
+                raise MisconfigurationException(
+                    f"{self} was given for a model whose weights are sharded. Each process then keeps its part of the "
+                    "copy, on the device and in the type of the model's part. Leave out `dtype`, `device`, `quantize` "
+                    "and `offload`."
+                )
+            return ShardedCopy(model)
+        if self.offload:
+            return OffloadedCopy(model, dtype, self.device or "cpu", self.quantize)
+        return FrozenCopy(model, dtype, self.device, self.quantize)
 
     @property
     @override
     def is_model_at_fit_start(self) -> bool:
-        return self.since == "fit" and self.dtype is None
+        return self.since == "fit" and self.dtype is None and self.quantize is None
 
     @property
     @override
@@ -253,12 +268,69 @@ class EMA(_Since):
         return MovingAverage(model, self.decay, _floating(self.dtype, "EMA"), self.device)
 
 
-def reference_of(reference: ReferenceName | Reference) -> Reference:
-    """The reference that a name stands for, with its defaults; a ``Reference`` as it is.
+@dataclass(frozen=True, init=False, repr=False)
+class Model(Reference):
+    """Another model than the one that trains, such as a larger one of its family, or its first version.
+
+    Its vocabulary has to be the model's. It stays as it is, and is moved to where the model is. Checkpoints hold only
+    a few of its logits: a run that resumes needs the same model again, and is refused with another one.
+
+    Args:
+        model: A module, a local folder, or a name on the Hugging Face hub. A folder or a name is loaded at each fit's
+            start.
+        language_model: Where the language model is in the module, as for ``SelfGeneratedReplay``.
+        options: Arguments of ``AutoModelForCausalLM.from_pretrained`` for a folder or a name, such as ``dtype``,
+            ``quantization_config`` or ``device_map``.
+
+    Raises:
+        TypeError: If ``model`` is none of these, or ``options`` are given for a module.
+
+    Example:
+        >>> Model("folder", dtype="bfloat16")
+        Model('folder', dtype='bfloat16')
+    """
+
+    model: str | os.PathLike[str] | nn.Module
+    language_model: str | None
+    options: dict[str, Any]
+
+    def __init__(
+        self, model: str | os.PathLike[str] | nn.Module, *, language_model: str | None = None, **options: Any
+    ) -> None:
+        if not isinstance(model, (str, os.PathLike, nn.Module)):
+            raise TypeError(f"`model` of Model is a module, a folder or a name; got {model!r}.")
+        if isinstance(model, nn.Module) and options:
+            raise TypeError(
+                f"Model was given a {type(model).__name__}, which is loaded already, and {sorted(options)}, which are "
+                "for loading a folder or a name. Leave them out."
+            )
+        for name, value in (("model", model), ("language_model", language_model), ("options", options)):
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """How it was made."""
+        model = type(self.model).__name__ if isinstance(self.model, nn.Module) else repr(str(self.model))
+        path = {} if self.language_model is None else {"language_model": self.language_model}
+        return f"Model({', '.join([model, *(f'{name}={value!r}' for name, value in (path | self.options).items())])})"
+
+    @override
+    def take(self, model: LanguageModel, trainer: pl.Trainer) -> ReferenceModel:
+        """Load the model, if it is not loaded, and compare it with the one that trains.
+
+        Raises:
+            MisconfigurationException: If it can't be loaded, is no causal language model, has another vocabulary or
+                tokenizer, or computes with weights of the model that trains.
+        """
+        check_same_tokens(self.model, trainer)
+        return OwnModel(load_own(self.model, self.language_model, self.options, model.device), model)
+
+
+def reference_of(reference: ReferenceName | Reference | nn.Module) -> Reference:
+    """The reference that a name stands for, with its defaults; a ``Reference`` as it is; a module as a ``Model``.
 
     Raises:
         ValueError: If there is none of that name.
-        TypeError: If it is neither a name nor a ``Reference``.
+        TypeError: If it is none of these.
 
     Example:
         >>> reference_of("ema")
@@ -267,11 +339,13 @@ def reference_of(reference: ReferenceName | Reference) -> Reference:
     if isinstance(reference, Reference):
         return reference
     kinds: dict[str, type[Reference]] = {"auto": Auto, "copy": Copy, "adapter": Adapter, "cached": Cached, "ema": EMA}
-    names = ", ".join(map(repr, kinds))
+    expected = f"`reference` is one of {', '.join(map(repr, kinds))}, a module, or a Reference, such as Copy()"
+    if isinstance(reference, nn.Module):
+        return Model(reference)
     if not isinstance(reference, str):
-        raise TypeError(f"`reference` is one of {names} or a Reference, such as Copy(); got {reference!r}.")
+        raise TypeError(f"{expected}; got {reference!r}.")
     if reference not in kinds:
-        raise ValueError(f"`reference` is one of {names} or a Reference, such as Copy(); got {reference!r}.")
+        raise ValueError(f"{expected}; got {reference!r}. A model's folder or name is given as Model({reference!r}).")
     return kinds[reference]()
 
 
