@@ -33,9 +33,9 @@ __all__ = [
 Place = slice | Tensor
 """Positions of a chunk, as an index into tensors of shape ``(all positions, ...)``."""
 
-_CHUNK = {"cpu": 2**24, "device": 2**25}
-"""Logits in a chunk. The weight is read anew for each chunk, so small ones cost time. At a vocabulary of 128k,
-these are 130 and 261 positions."""
+_CHUNK = {"cpu": (2**22, 128), "device": (2**25, 128)}
+"""Logits in a chunk, and the positions that it has at least: the weight is read anew for each chunk, so small ones cost
+time. At a vocabulary of 128k, 128 positions are 2^24 logits."""
 
 _BLOCK = 2**14
 """Rows of a 16-bit weight whose gradient is added up in 32 bits at a time."""
@@ -375,8 +375,8 @@ def chunk_logits(head: Head, hidden: Tensor, selected: Tensor | None = None) -> 
 
 def _positions(head: Head, flat: Tensor) -> int:
     """How many positions a chunk has at most."""
-    size = _CHUNK["cpu" if flat.device.type == "cpu" else "device"]
-    return min(max(1, size // head.vocabulary), len(flat))
+    logits, least = _CHUNK["cpu" if flat.device.type == "cpu" else "device"]
+    return min(max(least, logits // head.vocabulary), len(flat))
 
 
 def _places(head: Head, flat: Tensor, selected: Tensor | None) -> Iterator[Place]:

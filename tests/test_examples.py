@@ -144,7 +144,7 @@ def test_all_parts_of_what_replay_costs_are_measured(
 ) -> None:
     # Set below what the processor has, it makes torch 2.13 fail in attention in 16 bits.
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    fits, sampling, draw, memory, growth, shares = tables(printed("benchmarks/replay_cost.py", scratch, tmp_path))
+    fits, sampling, draw, growth, shares = tables(printed("benchmarks/replay_cost.py", scratch, tmp_path))
     figures = json.loads((tmp_path / "runs" / "replay_cost.json").read_text())
     assert all(0 < value < inf for value in numbers(figures))
     assert fits[0] == ["fit", "ms a step", "÷ without replay"]
@@ -157,8 +157,6 @@ def test_all_parts_of_what_replay_costs_are_measured(
     assert [row[0] for row in draw] == ["capacity", "1,000", "10,000"]
     assert {figures["draw"][capacity]["bytes"] for capacity in ("1000", "10000")} == {4 + 16 / 128}
     assert figures["draw"]["bytes_of_a_log_probability"] == 4 + 2 * 65 / 64
-    assert [row[:2] for row in memory[1:]] == [[name, f"{peak:,.0f}"] for name, peak in figures["memory"].items()]
-    assert list(figures["memory"]) == ["LoRA, no replay", "LoRA, KL"]
     assert [row[1:3] for row in growth[1:]] == [["16", "128"], ["64", "128"]]
     assert [row[0] for row in shares[1:]] == list(figures["growth"]["fraction"]) == ["0", "0.2", "0.5"]
 
@@ -177,14 +175,17 @@ def test_the_speed_of_generating_is_measured_without_and_with_log_probabilities(
     assert cached - plain > 15 * 64 * 2  # 15 positions' log-probabilities in 16 bits, and whose they are
 
 
-def test_the_memory_of_the_head_is_measured_with_whole_logits_and_in_chunks(scratch: Path, tmp_path: Path) -> None:
-    of_model, of_loss = tables(printed("benchmarks/head_memory.py", scratch, tmp_path, "--json=memory.json"))
+def test_the_memory_of_the_head_and_of_fits_is_measured(scratch: Path, tmp_path: Path) -> None:
+    of_model, of_loss, of_fits = tables(printed("benchmarks/memory.py", scratch, tmp_path, "--json=memory.json"))
     figures = json.loads((tmp_path / "memory.json").read_text())
     assert [one["way"] for one in figures["model"]] == ["whole", "chunks"]
     assert all(one["seconds"] > 0 for one in figures["model"] + figures["loss"])
     assert [row[0] for row in of_model[1:]] == ["512"]
     assert [row[0] for row in of_loss[1:]] == ["16", "64"]
-    assert tables((tmp_path / "memory.md").read_text()) == [of_model, of_loss]
+    arms = ["no replay", "cached", "frozen copy", "int8 copy", "LoRA, no replay", "LoRA"]
+    assert [row[:2] for row in of_fits[1:]] == [["512", arm] for arm in arms]
+    assert [one["arm"] for one in figures["fit"]] == arms
+    assert tables((tmp_path / "memory.md").read_text()) == [of_model, of_loss, of_fits]
 
 
 def test_no_script_is_left_without_a_test() -> None:

@@ -42,7 +42,7 @@ TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(2.0, 3.0), 
 @pytest.fixture(params=[1, 4, 21, 1000], ids=lambda positions: f"{positions} positions a chunk")
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one position, with a remainder, of all positions, and larger."""
-    monkeypatch.setitem(head_chunks._CHUNK, "cpu", request.param * VOCABULARY)
+    monkeypatch.setitem(head_chunks._CHUNK, "cpu", (request.param * VOCABULARY, 1))
 
 
 class Given:
@@ -258,7 +258,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("loss", ["divergence", "next token", "top k"])
 def test_nothing_of_the_size_of_positions_times_vocabulary_is_made(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     positions, vocabulary, width = 512, 1000, 8
-    monkeypatch.setitem(head_chunks._CHUNK, "cpu", 16 * vocabulary)
+    monkeypatch.setitem(head_chunks._CHUNK, "cpu", (16 * vocabulary, 1))
     hidden = torch.randn(1, positions, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     with Largest() as largest:

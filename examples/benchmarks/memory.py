@@ -10,8 +10,8 @@ Each measurement is a process of its own, on Llamas of random weights in 32 bits
 are there; the gradients of the weights are part of it. A second table has the loss alone, of given hidden states, at
 128 to 4,096 positions.
 
-``fit``: steps of a fit with AdamW, a model 768 wide with 12 layers, 8 new and 2 replay rows of 128 tokens, over the same
-fit without replay. Memory is the peak above that of the process before the model is made.
+``fit``: steps of a fit with AdamW, a model 768 wide with 12 layers, 8 new and 2 replay rows of 128 tokens, over those
+of the same fit without replay. Memory is the peak above that of the process before the model is made.
 
 ``--quick`` measures small models, to see that it runs.
 """

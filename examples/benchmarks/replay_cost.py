@@ -1,10 +1,10 @@
-"""What replay costs: time of a fit, sampling speed, memory, and how each grows.
+"""What replay costs: time of a fit, sampling speed, and how each grows.
 
 Everything is a ratio of two measurements taken in turn in one run: A B A B …, and the median of the ratios of
 neighbours. Models have random weights, which cost what trained ones do, so nothing is downloaded.
 
     python examples/benchmarks/replay_cost.py                 # all parts; the fits alone take a quarter of an hour
-    python examples/benchmarks/replay_cost.py --only fit      # one of fit, sampling, draw, memory, growth
+    python examples/benchmarks/replay_cost.py --only fit      # one of fit, sampling, draw, growth
     python examples/benchmarks/replay_cost.py --quick         # every part once, in small: to see that it runs
 
 Prints a table in Markdown for each part and writes all figures to ``<output>/replay_cost.json``.
@@ -14,9 +14,6 @@ import argparse
 import json
 import logging
 import platform
-import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,7 +24,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -245,51 +241,6 @@ def measure_draw(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"bytes_of_a_log_probability": a_log_prob}
 
 
-MEMORY_ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
-    "no replay": (False, None),
-    "KL, frozen copy": (False, {}),
-    "KL, cached reference": (False, {"reference": "cached"}),
-    "LoRA, no replay": (True, None),
-    "LoRA, KL": (True, {}),
-}
-
-
-def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of a fit of the 125M Llama, each in a process of its own."""
-    name = "TinyStories-656K" if options.quick else "Llama, 125M"
-    found: dict[str, Any] = {}
-    print(f"\nPeak memory of a process that trains {name}, 8 new and 2 replay rows of {LENGTH} tokens\n")
-    print("| fit | MB | ÷ without replay |\n|---|---|---|")
-    # Most of a tiny run's time is the start of its process.
-    for arm in ("LoRA, no replay", "LoRA, KL") if options.quick else MEMORY_ARMS:
-        command = [sys.executable, __file__, "--memory-arm", arm, "--memory-model", name]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[arm] = float(printed.split()[-1])
-        base = found["LoRA, no replay" if arm.startswith("LoRA") else "no replay"]
-        print(f"| {arm} | {found[arm]:,.0f} | {found[arm] / base:.3f} |")
-    return found
-
-
-def memory_arm(arm: str, name: str) -> None:
-    """Train in this process and print its peak memory in MB."""
-    lora, settings = MEMORY_ARMS[arm]
-    model: Any = MODELS[name]()
-    if lora:
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))
-    replay = None if settings is None else SelfGeneratedReplay(**settings)
-    fit(model, 4, replay, 0.2, new_rows=8)
-    print(peak_memory())
-
-
-def peak_memory() -> float:
-    """The most memory that this process has held, in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, what `getrusage` returns includes the parent's peak
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return float(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     """Sampling time over rows, length and model size; step cost over the share of replay rows."""
     found: dict[str, Any] = {"sampling": [], "fraction": {}}
@@ -326,7 +277,6 @@ PARTS = {
     "fit": measure_fit,
     "sampling": measure_sampling,
     "draw": measure_draw,
-    "memory": measure_memory,
     "growth": measure_growth,
 }
 
@@ -339,15 +289,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--memory-arm", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-model", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
-    if options.memory_arm:
-        memory_arm(options.memory_arm, options.memory_model)
-        return
     figures: dict[str, Any] = {
         "machine": f"{platform.machine()}, {options.threads} threads",
         "torch": torch.__version__,

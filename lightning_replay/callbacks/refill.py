@@ -80,12 +80,14 @@ class Supply:
     Attributes:
         fit: The fit.
         source: The model to sample.
+        narrowest: The model or the reference, whichever takes the shorter rows.
         lasting: Whether the source is gone as soon as the model trains, so that the rows of one refill have to last.
         trained_by: What has trained the model since the source was taken, if anything has.
     """
 
     fit: Fit
     source: ReferenceModel
+    narrowest: LanguageModel
     lasting: bool
     trained_by: str | None
 
@@ -344,7 +346,7 @@ class SampledRows(RowSource):
     def _new_buffer(self, supply: Supply, batch: Any) -> ReplayBuffer:
         processes = supply.fit.feed.processes
         length = self.length or max(length for (length,) in processes.gather_ints(row_length(batch)))
-        self.generator.check_length(length, supply.fit.model)
+        self.generator.check_length(length, supply.narrowest)
         top_k = min(self.top_k, supply.fit.model.vocabulary)
         rows = self._refill_rows(supply, batch)
         if supply.lasting and self.rows == "auto":

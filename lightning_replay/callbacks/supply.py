@@ -1,5 +1,6 @@
 """Where the replay rows of a fit come from: samples of a model, or a folder of rows that were generated ahead."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +17,7 @@ from lightning_replay.references.adapters import adapter_is_idle
 from lightning_replay.references.cached import cache_reference
 from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.models import LiveModel, ReferenceModel
+from lightning_replay.references.own import OwnModel
 from lightning_replay.references.reference import Cached
 
 __all__ = ["RowSupply", "Source"]
@@ -75,10 +77,11 @@ class RowSupply:
         source: ReferenceModel = LiveModel(fit.model) if live else self.reference.get(fit.trainer, fit.model)
         if self.loss.needs_reference and self._cached is None:
             self.reference.get(fit.trainer, fit.model)
-        self._check_fit(fit)
+        narrowest = self._narrowest(fit.model)
+        self._check_fit(fit, narrowest)
         if self._cached is not None:
             self._cache_prior(fit, source, self._cached.top_k)
-        self.rows.begin(Supply(fit, source, lasting, self._trained_by(fit.trainer)))
+        self.rows.begin(Supply(fit, source, narrowest, lasting, self._trained_by(fit.trainer)))
         detach = fit.feed.attach(self.rows) if fit.data is None else self._attach(fit.data, self.rows)
 
         def disconnect() -> None:
@@ -101,7 +104,7 @@ class RowSupply:
         shards.check_fits(model, adapter_is_idle(model), known=known)
         self._compared = shards.manifest.identity
         if data.prior is not None:
-            check_prior(data.prior, model)
+            check_prior(data.prior, self._narrowest(model))
         # Rows that were generated ahead take no second model, unless the loss does.
         if self._cached is not None:
             live = self._never_refills(model)
@@ -136,9 +139,15 @@ class RowSupply:
         with isolate_rng(), source.active() as active:
             data.cache_prior(lambda rows: cache_reference(active, rows, top_k, temperature))
 
-    def _check_fit(self, fit: Fit) -> None:
+    def _narrowest(self, model: LanguageModel) -> LanguageModel:
+        """The model or, if that is another one and takes shorter rows, the reference."""
+        taken = self.reference.taken
+        both = [model, taken.model] if isinstance(taken, OwnModel) else [model]
+        return min(both, key=lambda each: math.inf if each.context is None else each.context)
+
+    def _check_fit(self, fit: Fit, model: LanguageModel) -> None:
         """Refuse rows that the model has no room or no tokens for."""
-        data, model = fit.data, fit.model
+        data = fit.data
         buffer, prior = (None, None) if data is None else (data.buffer, data.prior)
         if buffer is not None:
             check_buffer(buffer, self.sequence_length, self._cached, model)
@@ -146,7 +155,7 @@ class RowSupply:
             check_prior(prior, model)
         if data is not None and prior is not None and data.prior_share == 1:
             return  # nothing will be sampled
-        self.rows.generator.bind(model, fit.tokenizer)
+        self.rows.generator.bind(fit.model, fit.tokenizer)
         length = buffer.length if buffer is not None else self.sequence_length
         if length is not None:
             self.rows.generator.check_length(length, model)

@@ -160,7 +160,7 @@ class Largest(TorchDispatchMode):
 def test_neither_replay_nor_the_monitor_makes_logits_of_a_batch_unless_a_loss_takes_them(
     options: dict[str, Any], tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(head_chunks._CHUNK, "cpu", 8 * 1000)
+    monkeypatch.setitem(head_chunks._CHUNK, "cpu", (8 * 1000, 1))
     model = tiny_llama(vocab_size=1000)
 
     class Bodies(PlainDescent):

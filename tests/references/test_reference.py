@@ -28,10 +28,11 @@ def test_a_name_stands_for_the_defaults_and_an_object_for_itself() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: reference_of("teacher"), ValueError, "'auto', 'copy', 'adapter', 'cached', 'ema' or a Reference"),  # type: ignore[arg-type]
+        (lambda: reference_of("teacher"), ValueError, "'cached', 'ema', a module, or a Reference"),  # type: ignore[arg-type]
         (lambda: reference_of(None), TypeError, "such as Copy.*got None"),  # type: ignore[arg-type]
         (lambda: reference_of(EMA), TypeError, "got <class"),  # type: ignore[arg-type]
         (lambda: Adapter(since="last"), ValueError, "`since` of Adapter is 'fit' or 'first'; got 'last'"),  # type: ignore[arg-type]
+        (lambda: Copy(quantize="int4"), ValueError, "`quantize` of Copy is 'int8' or None; got 'int4'"),  # type: ignore[arg-type]
         (lambda: Copy(dtype="int8"), ValueError, "`dtype` of Copy .* got 'int8'"),
         (lambda: EMA(dtype=torch.int8), ValueError, "`dtype` of EMA .* got torch.int8"),
         (lambda: Auto(save="above"), ValueError, "`save` of Auto is 'inside' or 'beside'; got 'above'"),  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def test_what_each_reference_takes_of_a_model_with_and_without_a_fresh_adapter(t
 
 def test_which_references_are_the_model_at_fit_start_on_every_input() -> None:
     exact: list[Reference] = [Auto(), Copy(), Adapter(), Copy(device="cpu", save="beside")]
-    others: list[Reference] = [Cached(), EMA(), Copy(dtype="bfloat16"), Auto(since="first"), Adapter(since="first")]
+    others: list[Reference] = [Cached(), EMA(), Copy(dtype="bfloat16"), Copy(quantize="int8"), Auto(since="first")]
     assert [reference.is_model_at_fit_start for reference in (*exact, *others)] == [True] * 4 + [False] * 5
 
 
