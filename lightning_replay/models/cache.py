@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from typing_extensions import override
 
-from lightning_replay.models.calls import find_logits, find_state, virtual_tokens
+from lightning_replay.models.calls import base_argument_names, find_logits, find_state, state_in, virtual_tokens
 
 __all__ = ["CachedReader", "bytes_of_row"]
 
@@ -21,15 +21,17 @@ class CachedReader:
     """
 
     def __init__(self, module: nn.Module, vocabulary: int, length: int) -> None:
-        self._module = module
+        self._module: Any = module
         self._vocabulary = vocabulary
         self._length = length
+        # The head's output for a whole prompt takes many times the memory of the keys and values.
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in base_argument_names(module) else {}
         self._argument: str | None = None
         self._read = 0
         self.state: Any = None
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Logits of the positions that are new, shape ``(rows, new, vocabulary)``.
+        """Logits of the last position, shape ``(rows, vocabulary)``.
 
         Args:
             tokens: The rows so far, shape ``(rows, tokens)``; what an earlier call has read is not read again.
@@ -41,20 +43,24 @@ class CachedReader:
         if tokens.shape[1] > self._length:
             raise IndexError(f"A reader of rows of {self._length} tokens was given rows of {tokens.shape[1]}.")
         unread, self._read = tokens[:, self._read :], tokens.shape[1]
-        given = {} if self._argument is None else {self._argument: self.state}
-        output = self._module(unread, use_cache=True, **given)
-        found = find_state(self._module, output)
-        if found is None:
-            raise TypeError(f"{type(self._module).__name__} returned no state that it takes back")
+        options = {} if self._argument is None else {self._argument: self.state}
+        if unread.shape[1] > 1:
+            options |= self._last_only
+        output = self._module(unread, use_cache=True, **options)
         if self._argument is None:
-            self._argument = found[0]
-            self.state = _preallocated(found[1], self._length - self._read)
-            if virtual_tokens(self._module):  # the state holds them: PEFT would put them before the next tokens again
-                adapted: Any = self._module
-                self._forward = adapted.get_base_model()
+            self._begin(output)
         else:
-            self.state = found[1]
-        return find_logits(output, self._vocabulary)
+            self.state = state_in(output, self._argument)
+        if self.state is None:
+            raise TypeError(f"{type(self._module).__name__} returned no state that it takes back")
+        return find_logits(output, self._vocabulary)[:, -1]
+
+    def _begin(self, output: Any) -> None:
+        """Find the state in the first output, once: asking for a signature takes as long as a small layer."""
+        self._argument, state = find_state(self._module, output) or (None, None)
+        self.state = _preallocated(state, self._length - self._read)
+        if virtual_tokens(self._module):  # the state holds them: PEFT would put them before the next tokens again
+            self._module = self._module.get_base_model()
 
 
 def bytes_of_row(module: nn.Module, token: Tensor, length: int) -> int:

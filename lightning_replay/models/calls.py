@@ -18,6 +18,7 @@ __all__ = [
     "logits_candidates",
     "may_take_state",
     "state_argument",
+    "state_in",
     "uncompiled",
     "virtual_tokens",
 ]
@@ -129,7 +130,12 @@ def find_state(module: nn.Module, output: Any) -> tuple[str, Any] | None:
     base = base.get_base_model() if is_adapted(base) else base
     names, any_keyword = argument_names(base), _takes_any_keyword(base)
     for name in _STATE_NAMES:
-        state = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        state = state_in(output, name)
         if state is not None and (name in names or any_keyword):
             return name, state
     return None
+
+
+def state_in(output: Any, name: str) -> Any:
+    """What a model returned of what it has read under a name; None if nothing."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

@@ -179,7 +179,7 @@ def try_out(
         left_out = _distance(ask(tokens[:, :place]), logits[:, :place]) if place else changed[:, :0]
         rounding, rounding_alone = _rounding(module, ask, tokens, logits)
         leak, memory = _typical(changed[:, :place]), _typical(changed[:, place + 1 :])
-        off = _typical(_distance(_token_by_token(module, vocabulary, tokens), logits)) if has_state else None
+        off = _off(_token_by_token(module, vocabulary, tokens, logits), logits) if has_state else None
         return Findings(rounding, rounding_alone, memory, leak, _typical(left_out), off, failure)
 
     if can_widen(module):
@@ -197,14 +197,23 @@ def try_out(
         return run()
 
 
-def _token_by_token(module: nn.Module, vocabulary: int, tokens: Tensor) -> Tensor:
-    """Logits of every position, with the model's cache; some rows begin with one token, the others with several."""
-    parts = []
-    for rows, prompt in ((tokens[: ROWS // 2], 1), (tokens[ROWS // 2 :], _PROMPT)):
-        reader = CachedReader(module, vocabulary, rows.shape[1])
-        ends = range(min(prompt, rows.shape[1]), rows.shape[1] + 1)
-        parts.append(torch.cat([reader.read(rows[:, :end]) for end in ends], 1))
+def _token_by_token(module: nn.Module, vocabulary: int, tokens: Tensor, logits: Tensor) -> Tensor:
+    """Logits of every position, with the model's cache; some rows begin with one token, the others with several.
+
+    Of those, all but the last are the ``logits`` that are given.
+    """
+    parts, length = [], tokens.shape[1]
+    for rows, prompt in ((slice(ROWS // 2), 1), (slice(ROWS // 2, None), min(_PROMPT, length))):
+        reader = CachedReader(module, vocabulary, length)
+        read = [reader.read(tokens[rows, :end]) for end in range(prompt, length + 1)]
+        parts.append(torch.cat([logits[rows, : prompt - 1], torch.stack(read, 1)], 1))
     return torch.cat(parts)
+
+
+def _off(read: Tensor, logits: Tensor) -> float:
+    """The larger distance of the two kinds of rows: in all four, a wrong first read of several tokens is an outlier."""
+    apart = _distance(read, logits)
+    return max(_typical(apart[: ROWS // 2]), _typical(apart[ROWS // 2 :]))
 
 
 def _rounding(

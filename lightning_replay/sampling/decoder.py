@@ -33,8 +33,8 @@ class Decoder:
         Args:
             tokens: The rows so far, shape ``(rows, tokens)``; what an earlier call has read is not read again.
         """
-        logits = self._model.logits(tokens) if self._reader is None else self._reader.read(tokens)
-        return logits[:, -1].float()
+        logits = self._model.logits(tokens)[:, -1] if self._reader is None else self._reader.read(tokens)
+        return logits.float()
 
 
 def rows_at_a_time(model: LanguageModel, length: int) -> int:

@@ -105,6 +105,21 @@ def test_a_wrong_cache_is_never_used(kind: str, layers: int, spread: float, dtyp
         assert not of(module).has_cache
 
 
+class _KeepsTheFirst(LlamaForCausalLM):  # type: ignore[misc]
+    """Asked for the logits of the last positions alone, it gives those of the first."""
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **options: Any) -> Any:
+        output = super().forward(input_ids, **options)
+        if logits_to_keep:
+            output.logits = output.logits[:, :logits_to_keep]
+        return output
+
+
+def test_logits_of_the_last_position_alone_have_to_be_right() -> None:
+    with pytest.warns(UserWarning, match="cache of _KeepsTheFirst is not used"):
+        assert not of(llama(kind=_KeepsTheFirst)).has_cache
+
+
 def test_a_refused_cache_is_told_of_once_with_what_it_costs() -> None:
     module = llama(kind=_Wrong)
     module.spoil = one_behind

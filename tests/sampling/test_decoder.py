@@ -76,6 +76,15 @@ def test_keys_and_values_stay_where_they_are_written(tiny_llama: Make) -> None:
     assert [layer.keys.shape[-2] for layer in state.layers] == [9, 9]
 
 
+def test_a_head_gives_the_logits_of_one_position_however_long_the_prompt_is(tiny_llama: Make) -> None:
+    module, shapes = tiny_llama(), []
+    model = of(module)
+    module.lm_head.register_forward_hook(lambda head, args, output: shapes.append(tuple(output.shape)))
+    with evaluating(module):
+        sample_rows(model, [[1] * 5] * 3, 8, torch.Generator().manual_seed(0))
+    assert shapes == [(3, 1, VOCABULARY)] * 3
+
+
 def prefixed(tiny_llama: Make, virtual: int = 6) -> Any:
     """With a prefix of keys and values that were trained a little."""
     module = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual))
@@ -103,6 +112,15 @@ def test_a_prefix_that_stands_before_each_row_has_its_place_in_memory(
     bare = module.get_base_model()
     with evaluating(module):
         assert float((bare(tokens).logits[:, prompt - 1 :] - expected).abs().max()) > 1e-3
+
+
+def test_a_prefix_is_computed_once_for_a_batch(tiny_llama: Make) -> None:
+    module, calls = prefixed(tiny_llama), []
+    model = of(module)
+    module.prompt_encoder["default"].register_forward_hook(lambda *call: calls.append(call))
+    with evaluating(module):
+        sample_rows(model, [[1]] * 4, 8, torch.Generator().manual_seed(0))
+    assert len(calls) == 1
 
 
 def test_samples_of_a_prefix_tuned_model_have_the_plain_forward_s_log_probabilities(tiny_llama: Make) -> None:
