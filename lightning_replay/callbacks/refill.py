@@ -43,10 +43,11 @@ __all__ = ["Fit", "SampledRows", "Supply", "steps_of_the_run"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
-_MOST_USES, _DISTINCT_ROWS = 4, 128
-"""Of ``uses="auto"``: the most, and how many different rows a run has at least before it uses any again."""
+_FIRST_USES, _MOST_USES, _DISTINCT_ROWS = 2, 4, 128
+"""Of ``uses="auto"``: how often rows are used at first, and at most; how many different rows a run has at least before
+it uses any again."""
 _GAP_SHARE = 0.05
-"""Up to which share of the loss on fresh rows that on used ones may be lower."""
+"""By which share the loss on used rows may be below that on fresh ones."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 _LOOK_EVERY = 0.5
@@ -118,9 +119,8 @@ class SampledRows(RowSource):
         rows: Rows to sample at a time. ``"auto"``: up to 256, in even parts of what the run uses, or all of it if they
             have to last.
         length: Tokens in a row; by default those of a row of the first batch.
-        uses: How often each row is used. ``"auto"``: up to 4 times, in a run that still has at least 128 different
-            rows. Each refill whose ``ReuseGap`` shows that used rows are learned by heart, clearly and by a twentieth
-            of the loss, takes one use off, never to be put back; see ``_heed``.
+        uses: How often each row is used. ``"auto"``: at first twice, but once in a run that would then have fewer than
+            128 different rows; later as the ``ReuseGap`` allows, see ``_heed``.
         top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
         temperature: Divides the logits before these log-probabilities are taken.
         background: Whether to sample the next refill in a thread while the model trains.
@@ -260,11 +260,12 @@ class SampledRows(RowSource):
             self._uses_now, self._heeded = state["uses_now"], state["heeded"]
 
     def _heed(self, supply: Supply) -> None:
-        """At the end of a pass, use rows once less often if those used again are clearly learned by heart.
+        """At the end of a pass, let the gap of one more refill change how often rows are used by one.
 
-        That is: if the gap is above twice its standard error, so that it is not noise, and above a twentieth of the
-        loss on fresh rows, so that it matters. A refill that has been used often enough by then is replaced at once. It
-        is the gap on the rows of the first process, for all processes.
+        Less often if used rows are clearly learned by heart: if the gap is above twice its standard error, so that it
+        is not noise, and above a twentieth of the loss on fresh rows, so that it matters. Else more often, up to four
+        times. A refill that has been used often enough by then is replaced at once. Rows that are used once show no
+        gap, so that this number stays. It is the gap on the rows of the first process, for all processes.
         """
         gap = supply.fit.reuse_gap
         measured = gap.value, gap.error, gap.loss, gap.refills
@@ -272,8 +273,8 @@ class SampledRows(RowSource):
         if value is None or refills <= self._heeded:
             return
         self._heeded = refills
-        if value > max(2 * error, _GAP_SHARE * loss):
-            self._uses_now = max(1, self._uses_now - 1)
+        learned = value > max(2 * error, _GAP_SHARE * loss)
+        self._uses_now = max(1, self._uses_now - 1) if learned else min(_MOST_USES, self._uses_now + 1)
 
     def _left(self, wanted: int, supply: Supply) -> int:
         """How many of the rows wanted the buffer has to give."""
@@ -400,7 +401,7 @@ class SampledRows(RowSource):
         if self.rows == "auto" or not self._uses_now:
             used = _rows_of_the_run(supply.fit, batch)
         if not self._uses_now:
-            self._uses_now = _MOST_USES if used is None else min(_MOST_USES, max(1, used // _DISTINCT_ROWS))
+            self._uses_now = 1 if used is not None and used < _FIRST_USES * _DISTINCT_ROWS else _FIRST_USES
         if self.rows != "auto":
             return self.rows
         if used is None:

@@ -108,11 +108,11 @@ class SelfGeneratedReplay(Callback):
         refill_rows: Rows to sample at a time. Larger refills sample faster, up to 256 rows. ``"auto"``: up to 256, in
             even parts of what the run uses, or all of it if rows can't be replaced. How many of them are decoded
             together depends only on memory.
-        uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper. ``"auto"``: as often as leaves
-            128 different rows in the run, 1 to 4 times, and 4 times if the run's length is not known. After a refill
-            whose ``replay/reuse_gap`` is above twice its standard error and 5% of the replay loss, once less often,
-            for the rest of the run. The gap is not heeded, so that the number stays, if rows can't be replaced
-            (``"cached"``), with real prior rows and with ``"mixed"``. Rows of a folder are then drawn once.
+        uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper. ``"auto"``: at first
+            twice, or once in a run that would then have fewer than 128 different rows. Then the gap of each refill,
+            ``replay/reuse_gap``, changes the number by one: less if it is above twice its standard error and 5% of the
+            replay loss, else more, up to 4; at 1 there is no gap, and the number stays. So it does if rows can't be
+            replaced (``"cached"``), with real prior rows and with ``"mixed"``. Rows of a folder are drawn once.
         every_n_steps: Replay rows go only with every so many optimizer steps: those of all steps since the last time,
             so the same rows in fewer and larger batches. Their loss is multiplied by the number of batches that they
             belong to, so that the gradient of a cycle of steps is the same in sum. The steps differ in size: gradient

@@ -23,14 +23,14 @@ from tests.helpers.resume_run import STEPS, last_checkpoint, run
 Make = Callable[..., LlamaForCausalLM]
 
 
-# Four uses of 64 rows, 32 in a step, of which the gap takes the last one off at step 14.
+# Two uses of 64 rows, 32 in a step; the gap of the second refill takes one off at step 10.
 BY_THE_GAP: dict[str, Any] = {
     "loss": "ntp",
     "coefficient": 100.0,
     "uses_per_sample": "auto",
     "refill_rows": 64,
     "data": {"replay_fraction": 0.8},
-    "steps": 24,
+    "steps": 16,
 }
 # The step after which the checkpoint was saved: step 6 is in mid-epoch, steps 4 and 8 are an epoch's end.
 RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
