@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.reuse_gap import ReuseGap
 from lightning_replay.data.batches import row_length, rows_in
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.replay import ReplayDataModule
@@ -38,10 +39,15 @@ from lightning_replay.utilities.logging import (
 from lightning_replay.utilities.progress import heed_sigterm, refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
-__all__ = ["Fit", "SampledRows", "Supply"]
+__all__ = ["Fit", "SampledRows", "Supply", "steps_of_the_run"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
+_FIRST_USES, _MOST_USES, _DISTINCT_ROWS = 2, 4, 128
+"""Of ``uses="auto"``: how often rows are used at first, and at most; how many different rows a run has at least before
+it uses any again."""
+_GAP_SHARE = 0.05
+"""By which share the loss on used rows may be below that on fresh ones."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 _LOOK_EVERY = 0.5
@@ -60,6 +66,7 @@ class Fit:
         feed: Draws the rows.
         data: The datamodule, if it is one that mixes.
         tokenizer: Turns samples into text; None if there is none.
+        reuse_gap: What the use of rows again has cost so far.
         seed: Seed of all samples and of the order in which they are drawn.
         previews: How many rows of each refill to log as text.
     """
@@ -69,6 +76,7 @@ class Fit:
     feed: RowFeed
     data: ReplayDataModule | None
     tokenizer: Any
+    reuse_gap: ReuseGap
     seed: int
     previews: int
 
@@ -113,7 +121,8 @@ class SampledRows(RowSource):
         rows: Rows to sample at a time. ``"auto"``: up to 256, in even parts of what the run uses, or all of it if they
             have to last.
         length: Tokens in a row; by default those of a row of the first batch.
-        uses: How often each row is used.
+        uses: How often each row is used. ``"auto"``: at first twice, but once in a run that would then have fewer than
+            128 different rows; later as the ``ReuseGap`` allows, see ``_heed``.
         top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
         temperature: Divides the logits before these log-probabilities are taken.
         background: Whether to sample the next refill in a thread while the model trains.
@@ -124,7 +133,7 @@ class SampledRows(RowSource):
         generator: RowGenerator,
         rows: int | Literal["auto"],
         length: int | None,
-        uses: int,
+        uses: int | Literal["auto"],
         top_k: int,
         temperature: float,
         background: bool,
@@ -138,6 +147,8 @@ class SampledRows(RowSource):
         self.background = background
         self.buffer: ReplayBuffer | None = None
         """The rows that are drawn from; made at the first draw unless the user gave one."""
+        self._uses_now = 0 if uses == "auto" else uses  # 0 until the run's length is known
+        self._heeded = 0
         self._given: ReplayBuffer | None = None
         self._supply: Supply | None = None
         self._failures = 0
@@ -183,6 +194,14 @@ class SampledRows(RowSource):
     def forget(self) -> None:
         """Begin without rows, as if none had been sampled."""
         self.buffer = None
+        self._uses_now, self._heeded = 0 if self.uses == "auto" else self.uses, 0
+
+    def prepare(self, batch: Any) -> None:
+        """Sample rows that have to last before the first step, whichever step draws the first of them."""
+        supply = self._supply
+        assert supply is not None
+        if supply.lasting and not self.buffer:
+            self._refill(supply, batch)
 
     def draw(self, rows: int, batch: Any) -> ReplayRows:
         """Draw rows; if all have been used ``uses`` times, sample new ones."""
@@ -190,6 +209,8 @@ class SampledRows(RowSource):
         assert supply is not None
         parts: list[ReplayRows] = []
         while rows:
+            if self.uses == "auto" and self.buffer and rows > self.buffer.unused:
+                self._heed(supply)
             if not self._left(rows, supply):
                 self._refill(supply, batch)
                 assert self.buffer is not None
@@ -228,17 +249,40 @@ class SampledRows(RowSource):
     def state_dict(self) -> dict[str, Any]:
         """The sampled rows. The state of a buffer that the user gave is the datamodule's to keep."""
         own = self.buffer if self._given is None else None
-        return {"buffer": None if own is None else own.state_dict()}
+        return {
+            "buffer": None if own is None else own.state_dict(),
+            "uses_now": self._uses_now,
+            "heeded": self._heeded,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the saved rows."""
         self.buffer = None if state["buffer"] is None else ReplayBuffer.from_state_dict(state["buffer"])
+        if self.uses == "auto":
+            self._uses_now, self._heeded = state["uses_now"], state["heeded"]
+
+    def _heed(self, supply: Supply) -> None:
+        """At the end of a pass, let the gap of one more refill change how often rows are used by one.
+
+        Less often if used rows are clearly learned by heart: if the gap is above twice its standard error, so that it
+        is not noise, and above a twentieth of the loss on fresh rows, so that it matters. Else more often, up to four
+        times. A refill that has been used often enough by then is replaced at once. Rows that are used once show no
+        gap, so that this number stays. It is the gap on the rows of the first process, for all processes.
+        """
+        gap = supply.fit.reuse_gap
+        measured = gap.value, gap.error, gap.loss, gap.refills
+        value, error, loss, refills = supply.fit.feed.processes.broadcast(measured)
+        if value is None or refills <= self._heeded:
+            return
+        self._heeded = refills
+        learned = value > max(2 * error, _GAP_SHARE * loss)
+        self._uses_now = max(1, self._uses_now - 1) if learned else min(_MOST_USES, self._uses_now + 1)
 
     def _left(self, wanted: int, supply: Supply) -> int:
         """How many of the rows wanted the buffer has to give."""
         if not self.buffer:
             return 0
-        return wanted if supply.lasting else self.buffer.left(self.uses)
+        return wanted if supply.lasting else self.buffer.left(self._uses_now)
 
     def _refill(self, supply: Supply, batch: Any) -> None:
         """Put new rows in the place of the used ones."""
@@ -246,7 +290,7 @@ class SampledRows(RowSource):
         if self.buffer is None:
             self.buffer = self._new_buffer(supply, batch)
         buffer = self.buffer
-        rows = buffer.capacity if supply.lasting else min(buffer.capacity, self._refill_rows(supply, batch))
+        rows = buffer.capacity if self._given is None else min(buffer.capacity, self._refill_rows(supply, batch))
         if supply.lasting and supply.trained_by is not None:
             raise MisconfigurationException(
                 "`reference='cached'` samples all rows before the first step, and the model that they come from is "
@@ -355,12 +399,16 @@ class SampledRows(RowSource):
 
     def _refill_rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""
+        used = None
+        if self.rows == "auto" or not self._uses_now:
+            used = _rows_of_the_run(supply.fit, batch)
+        if not self._uses_now:
+            self._uses_now = 1 if used is not None and used < _FIRST_USES * _DISTINCT_ROWS else _FIRST_USES
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.fit, batch)
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
-        needed = math.ceil(used / self.uses)
+        needed = math.ceil(used / self._uses_now)
         if supply.lasting:
             return needed
         # In even parts, so that the last refill is not sampled for only a few steps.
@@ -397,16 +445,28 @@ def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
             heed_sigterm(trainer)
 
 
+def steps_of_the_run(trainer: pl.Trainer) -> int | None:
+    """The number of optimizer steps of the whole fit, if its length is known; to be asked while it trains."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    batches = float(trainer.num_training_batches)
+    in_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    total = min(in_epoch * epochs, steps)
+    return None if math.isinf(total) else int(total)
+
+
 def _rows_of_the_run(fit: Fit, batch: Any) -> int | None:
     """How many sampled rows the whole fit will draw, on all ranks, if its length is known."""
     trainer, feed = fit.trainer, fit.feed
-    batches = float(trainer.num_training_batches)
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
-    total = min(batches * epochs, steps)
-    if math.isinf(total):
+    steps = steps_of_the_run(trainer)
+    if steps is None:
         return None
-    counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
+    total = float(steps * trainer.accumulate_grad_batches)
+    if trainer.max_epochs not in (None, -1):
+        total = min(total, trainer.num_training_batches * float(trainer.max_epochs or 0))
+    # Rows of a last cycle of `every_n_steps` that is not completed are never drawn.
+    whole = steps - steps % feed.every_n_steps
+    counts = feed.processes.gather_ints(-(-int(total) * whole // max(1, steps)), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     real = 0.0 if fit.data is None or fit.data.prior is None else fit.data.prior_share
     return max(1, math.ceil(round(feed.share.replay_rows(new_rows) * (1 - real), 6)))

@@ -1,6 +1,7 @@
 """The causal language model inside a LightningModule: where it is and how to call it."""
 
 import hashlib
+import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +71,8 @@ class LanguageModel:
         """Where it computes."""
         if self.runs_on is not None:
             return self.runs_on
-        weights = [*self.module.parameters(), *self.module.buffers()]
-        return weights[0].device if weights else torch.device("cpu")
+        first = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def takes_positions(self) -> bool:
