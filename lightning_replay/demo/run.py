@@ -219,7 +219,8 @@ def learn_sequence(
 ) -> dict[str, Run]:
     """Learn the tasks one after another in each arm; the first task is learned once and shared by all arms.
 
-    Training uses one thread: for matrices of this size a second one gains nothing, and costs much on a busy core.
+    Training uses one thread on the CPU. Matrices of this size gain nothing from a second one, and two threads that wait
+    for each other are several times slower if another program uses a core.
 
     Args:
         arms: For each arm, a function of the tasks learned so far that returns the replay callback; None for no replay.
