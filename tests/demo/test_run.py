@@ -115,6 +115,7 @@ def check(results: dict[str, Any], output: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
