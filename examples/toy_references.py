@@ -20,9 +20,11 @@ from statistics import mean
 from rich.console import Console
 
 from lightning_replay import Cached
-from lightning_replay.demo.run import FIRST_TASK_STEPS, MEASURE_EVERY, STEPS, learn_sequence, replay_of
+from lightning_replay.demo.run import learn_sequence, replay_of
 from lightning_replay.demo.toy_tasks import TASKS, VOCABULARY
 
+STEPS = 400
+"""Optimizer steps of each task but the first, which is trained until it is learned."""
 ARMS = {
     "none": None,
     "frozen copy": replay_of,
@@ -44,12 +46,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/references.json"), help="file for the figures")
     parser.add_argument("--quick", action="store_true", help="the first seed and a few steps, to see that it runs")
     options = parser.parse_args()
-    seeds, steps, first_steps = options.seeds, STEPS, FIRST_TASK_STEPS
-    if options.quick:
-        seeds, steps, first_steps = seeds[:1], 5, MEASURE_EVERY
+    seeds, steps = (options.seeds[:1], 5) if options.quick else (options.seeds, STEPS)
     summaries = []
     for seed in seeds:
-        learned = learn_sequence(ARMS, seed, Console(), steps, first_steps)
+        learned = learn_sequence(ARMS, seed, Console(), steps)
         summaries.append({arm: run.summary() for arm, run in learned.items()})
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(summaries, indent=2) + "\n")

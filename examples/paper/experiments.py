@@ -41,8 +41,7 @@ class Scale:
         tokens_per_parameter: How far the smallest of them is pretrained.
         decades: How far below that its weights are first looked at, in powers of ten.
         capacity_steps: Optimizer steps of a finetuning at most, in `capacity.py`.
-        task_steps: Optimizer steps of each task of the sequence.
-        first_task_steps: Optimizer steps of its first task at most.
+        task_steps: Optimizer steps of each task of the sequence but the first, which is trained until it is learned.
     """
 
     steps: int = 200
@@ -57,7 +56,6 @@ class Scale:
     decades: int = 3
     capacity_steps: int = 800
     task_steps: int = 400
-    first_task_steps: int = 1500
 
 
 QUICK = Scale(
@@ -73,7 +71,6 @@ QUICK = Scale(
     decades=1,
     capacity_steps=15,
     task_steps=10,
-    first_task_steps=20,
 )
 
 

@@ -219,13 +219,11 @@ class TaskSequence(Run):
 
     Attributes:
         seed: Of the weights, the problems and the samples.
-        steps: Optimizer steps of each task but the first.
-        first_steps: Optimizer steps of the first task at most.
+        steps: Optimizer steps of each task but the first, which is trained until it is learned.
     """
 
     seed: int
     steps: int
-    first_steps: int
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Train; returns the figures of the demo and its curves, by arm."""
@@ -235,7 +233,6 @@ class TaskSequence(Run):
                 self.seed,
                 Console(file=nowhere),
                 self.steps,
-                self.first_steps,
             )
         return {
             arm: run.summary() | {"steps": run.steps, "curves": run.curves, "ends": run.ends}

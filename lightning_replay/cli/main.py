@@ -37,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _demo(output: Path, seed: int) -> None:
-    from lightning_replay.demo.run import demo
+    from lightning_replay.demo.run import NotLearnedError, demo
 
-    demo(output, seed)
+    try:
+        demo(output, seed)
+    except NotLearnedError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _report(runs: list[Path], output: Path, new_loss: str | None) -> None:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["ANSWER", "END", "ROW_LENGTH", "TASKS", "VOCABULARY", "problems", "problems_loader", "task_token"]
+__all__ = [
+    "ANSWER",
+    "END",
+    "ROW_LENGTH",
+    "TASKS",
+    "VOCABULARY",
+    "held_out_problems",
+    "problems",
+    "problems_loader",
+    "task_token",
+]
 
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse": lambda digits: digits.flip(1),
@@ -30,6 +40,9 @@ ROW_LENGTH = 12
 ANSWER = slice(7, ROW_LENGTH)
 """The columns of the answer and its end token."""
 
+_HELD_OUT, _TRAINED_ON = torch.randperm(10_000, generator=torch.Generator().manual_seed(0)).tensor_split([400])
+"""The four digits of each question, as a number. No held-out question is trained on, in any task."""
+
 
 def task_token(task: str) -> int:
     """The first token of a task's rows."""
@@ -37,13 +50,23 @@ def task_token(task: str) -> int:
 
 
 def problems(task: str, rows: int, generator: torch.Generator) -> Tensor:
-    """Random problems with their answers, token ids of shape ``(rows, ROW_LENGTH)``.
+    """Random problems to train on with their answers, token ids of shape ``(rows, ROW_LENGTH)``.
 
     Example:
         >>> problems("sort", 1, generator=torch.Generator().manual_seed(0))
-        tensor([[14,  4,  9, 10,  3,  0, 11,  0,  3,  4,  9, 12]])
+        tensor([[14,  1,  6, 10,  6,  7, 11,  1,  6,  6,  7, 12]])
     """
-    digits = torch.randint(10, (rows, 4), generator=generator)
+    return _solved(task, _TRAINED_ON[torch.randint(len(_TRAINED_ON), (rows,), generator=generator)])
+
+
+def held_out_problems(task: str) -> Tensor:
+    """The 400 problems that are never trained on, token ids of shape ``(400, ROW_LENGTH)``."""
+    return _solved(task, _HELD_OUT)
+
+
+def _solved(task: str, questions: Tensor) -> Tensor:
+    rows = len(questions)
+    digits = questions.unsqueeze(1) // torch.tensor([1000, 100, 10, 1]) % 10
     task_column, separator, equals, end = (
         torch.full((rows, 1), token) for token in (task_token(task), _SEPARATOR, _EQUALS, END)
     )

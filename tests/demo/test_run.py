@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import lightning_replay
 from lightning_replay.cli.main import main
 from lightning_replay.demo import run as demo
-from lightning_replay.demo.toy_tasks import ANSWER, ROW_LENGTH, TASKS, problems
+from lightning_replay.demo.toy_tasks import ANSWER, ROW_LENGTH, TASKS, held_out_problems, problems
 from lightning_replay.utilities import progress
 
 
@@ -50,6 +52,50 @@ def test_without_its_extra_the_demo_names_the_command_that_installs_it() -> None
     assert "pip install 'lightning-replay[demo]'" in run.stderr
 
 
+def test_no_held_out_problem_is_ever_trained_on() -> None:
+    trained_on = {tuple(row) for row in problems("sort", 100_000, torch.Generator().manual_seed(0)).tolist()}
+    held_out = {tuple(row) for row in held_out_problems("sort").tolist()}
+    assert len(held_out) == 400
+    assert len(trained_on) > 9_500
+    assert not held_out & trained_on
+
+
+def learned_quickly(steps: int | None) -> list[demo.Run]:
+    """Two arms without replay."""
+    return list(demo.learn_sequence({"one": None, "two": None}, 0, Console(file=io.StringIO()), steps).values())
+
+
+def test_training_ends_after_the_cooldown_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "LEARNED", 0.0)  # so each task is learned at the first measurement
+    monkeypatch.setattr(demo, "COOLDOWN_STEPS", 10)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        one, two = learned_quickly(None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    task = demo.MEASURE_EVERY + 10
+    assert one.ends == two.ends == [task, 2 * task, 3 * task, 4 * task]
+    assert one.matrix == two.matrix
+    given, _ = learned_quickly(5)
+    assert given.ends == [task, task + 5, task + 10, task + 15]
+    assert given.steps[-4:] == [task, task + 5, task + 10, task + 15]  # the end of each task is measured
+
+
+def test_a_task_that_is_not_learned_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "STEPS_AT_MOST", 5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(SystemExit, match=r"has not learned the task 'reverse'.*in 5 steps: it answers 0.0%"):
+            main(["demo", "--output", str(tmp_path)])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert not (tmp_path / "results.json").exists()
+
+
 def check(results: dict[str, Any], output: Path) -> None:
     """What holds of every run of the demo."""
     assert json.loads((output / "results.json").read_text()) == results
@@ -63,30 +109,18 @@ def check(results: dict[str, Any], output: Path) -> None:
         changes = [matrix[-1][task] - matrix[task][task] for task in range(len(TASKS) - 1)]
         assert arm["backward_transfer"] == pytest.approx(sum(changes) / len(changes))
         assert arm["seconds"] > 0
-    earlier = [results["without_replay"]["accuracy"][task] for task in list(TASKS)[:-1]]
-    assert sum(earlier) / len(earlier) <= 0.5
+        assert all(matrix[task][task] >= 0.95 for task in range(len(TASKS)))
+    assert max(list(results["without_replay"]["accuracy"].values())[:-1]) <= 0.5
+    assert min(results["with_replay"]["accuracy"].values()) >= 0.95
 
 
 @pytest.mark.slow
-def test_a_short_demo_forgets_less_with_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "STEPS", 60)
-    results = demo.demo(tmp_path)
-    check(results, tmp_path)
-    first = next(iter(TASKS))
-    assert results["without_replay"]["accuracy"][first] < 0.2
-    assert results["with_replay"]["accuracy"][first] > 0.5
-
-
-@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "STEPS", 5)
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    results = demo.demo(tmp_path)
-    # The last task's accuracy is measured at its end, which is not one of the steps that are measured anyway.
-    after = results["without_replay"]["accuracy_after_each_task"]
-    assert after[0] != after[1] != after[2] != after[3]
+    check(demo.demo(tmp_path), tmp_path)
     printed = capsys.readouterr().out
     assert f"lightning-replay report {tmp_path}" in "".join(printed.split("\n"))
     # Not at a terminal, so a line for each measurement stands where the bars would.
@@ -102,9 +136,7 @@ def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(1, 10))
 def test_the_demo_keeps_every_task_with_replay(tmp_path: Path, seed: int) -> None:
     main(["demo", "--output", str(tmp_path), "--seed", str(seed)])
-    results = json.loads((tmp_path / "results.json").read_text())
-    check(results, tmp_path)
-    assert min(results["with_replay"]["accuracy"].values()) >= 0.95
+    check(json.loads((tmp_path / "results.json").read_text()), tmp_path)
