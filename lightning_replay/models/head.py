@@ -42,7 +42,7 @@ _POINTS = [sign * 2.0**exponent for exponent in _EXPONENTS for sign in (1.0, -1.
 """What is put in the head's place: powers of two, which every type holds exactly, the largest beyond every bound."""
 _LENGTH = 4
 """Tokens in each row of the trial."""
-_BLOCK = 2**14
+_BLOCK = 2**12
 """Outputs of a quantized head that are computed at a time."""
 _TRIALS = 4
 """How many modules are tried at most."""
