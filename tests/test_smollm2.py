@@ -28,10 +28,13 @@ from lightning_replay import (
     ReplayDataModule,
     Sampling,
     SelfGeneratedReplay,
+    forward_kl,
     generate_rows,
     sample_rows,
 )
 from lightning_replay.models.language_model import evaluating, find_language_model
+from lightning_replay.references.models import FrozenCopy
+from lightning_replay.references.offloaded import OffloadedCopy
 from tests.helpers.by_hand import kl_by_hand
 from tests.helpers.modules import quiet_trainer
 
@@ -179,6 +182,24 @@ def test_an_adapter_is_trained_and_resumed_to_the_last_bit(smollm2: Path, tmp_pa
         assert torch.equal(weight, theirs.state_dict()[name]), name
     for key in ("replay/loss", "forgetting/texts", "prior_kl/texts"):
         assert straight.callback_metrics[key] == resumed.callback_metrics[key]
+
+
+def test_a_copy_on_another_device_answers_exactly_and_one_in_8_bits_nearly(smollm2: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is an extra")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = find_language_model(CausalLM(AutoModelForCausalLM.from_pretrained(smollm2)), None)
+    small, streamed = FrozenCopy(model, quantize="int8"), OffloadedCopy(model, device="cpu")
+    divergences, rows = [], [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+    for tokens in rows:
+        with evaluating(model.module):
+            exact = model.logits(tokens)
+        with streamed.active() as active:
+            assert torch.equal(active.logits(tokens), exact)
+        with small.active() as active:
+            divergences.append(float(forward_kl(active.logits(tokens), exact)) * tokens.numel())
+    divergence = sum(divergences) / sum(tokens.numel() for tokens in rows)
+    print(f"8 bits: {divergence:.4f} nats a token from the exact copy")
+    assert 0 < divergence < 0.02  # it was 0.008
 
 
 def test_rows_generated_ahead_are_those_sampled_on_the_way(smollm2: Path, tmp_path: Path) -> None:
