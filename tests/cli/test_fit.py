@@ -255,6 +255,19 @@ def test_callbacks_of_a_config_take_functions_filters_and_prompts(
     assert values["replay/dropped/every_other"][0] > 0
 
 
+@pytest.mark.parametrize("reference", ["model", "int8"])
+def test_another_model_or_a_copy_in_8_bits_is_the_reference_of_a_config(
+    reference: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
+    own = {"class_path": "lightning_replay.Model", "init_args": {"model": "model"}, "dict_kwargs": {"dtype": "float64"}}
+    small = {"class_path": "lightning_replay.Copy", "init_args": {"quantize": "int8"}}
+    config["trainer"]["callbacks"][0]["init_args"] = {"reference": own if reference == "model" else small}
+    (workplace / "own.yaml").write_text(yaml.safe_dump(config))
+    main(fit(str(workplace / "own.yaml")))
+    assert len(logged(workplace)["replay/loss"]) > 0
+
+
 def test_a_user_s_own_command_line_takes_replay_by_class_path(tiny_llama: Any, workplace: Path) -> None:
     from lightning.pytorch.cli import LightningCLI
 
