@@ -103,8 +103,8 @@ class SelfGeneratedReplay(Callback):
             ``"live"``: those of the model as it trains. With ``"ntp"`` that needs no second model, but it replays what
             the model still knows, so what is lost stays lost. With ``"kl"``, the divergence to the reference on such
             rows pulls back what has drifted wherever the model still goes.
-        replay_fraction: Share of replay rows among all rows, in [0, 1). By default 0.05, the cheapest that kept 97% of
-            what is forgotten without replay; the paper's is 0.2. A ``ReplayDataModule`` has its own.
+        replay_fraction: Share of replay rows among all rows, in [0, 1). By default 0.1, the least that kept 97% of what
+            is forgotten without replay; the paper's is 0.2. A ``ReplayDataModule`` has its own.
         sequence_length: Tokens in a replay row. By default that of the rows in the first training batch, or of the
             datamodule's own buffer.
         refill_rows: Rows to sample at a time. Larger refills sample faster, up to 256 rows. ``"auto"``: up to 256, in
@@ -114,7 +114,8 @@ class SelfGeneratedReplay(Callback):
             twice, or once in a run that would then have fewer than 170 different rows. Then the gap of each refill,
             ``replay/reuse_gap``, changes the number by one: less if it is above twice its standard error and a quarter
             of the replay loss, else more, up to 4; at 1 there is no gap, and the number stays. So it does if rows
-            can't be replaced (``"cached"``), with real prior rows and ``"mixed"``. Rows of a folder are drawn once.
+            can't be replaced (``"cached"``) and with real prior rows. A loss without a reference, such as ``"ntp"``,
+            learns rows by heart at once, so ``"auto"`` is 1; so it is for rows of a folder.
         every_n_steps: Replay rows go only with every so many optimizer steps: those of all steps since the last time,
             so the same rows in fewer and larger batches. Their loss is multiplied by the number of batches that they
             belong to, so that the gradient of a cycle of steps is the same in sum. The steps differ in size: gradient
@@ -194,7 +195,7 @@ class SelfGeneratedReplay(Callback):
             RowGenerator(sampling),
             rows=refill_rows,
             length=sequence_length,
-            uses=uses_per_sample,
+            uses=1 if uses_per_sample == "auto" and not self.loss.needs_reference else uses_per_sample,
             top_k=0 if cached is None else cached.top_k,
             temperature=self.loss.temperature,
             background=background,
