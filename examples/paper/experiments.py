@@ -43,6 +43,9 @@ class Scale:
         capacity_steps: Optimizer steps of a finetuning at most, in `capacity.py`.
         task_steps: Optimizer steps of each task of the sequence.
         first_task_steps: Optimizer steps of its first task at most.
+        budgets: Of forgetting, in nats a token, in `budget.py`.
+        budget_rates: Learning rates there.
+        budget_steps: Optimizer steps of a finetuning there.
     """
 
     steps: int = 200
@@ -58,6 +61,9 @@ class Scale:
     capacity_steps: int = 800
     task_steps: int = 400
     first_task_steps: int = 1500
+    budgets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    budget_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    budget_steps: int = 300
 
 
 QUICK = Scale(
@@ -74,6 +80,9 @@ QUICK = Scale(
     capacity_steps=15,
     task_steps=10,
     first_task_steps=20,
+    budgets=(0.05, 0.1),
+    budget_rates=(1e-2,),
+    budget_steps=60,
 )
 
 
