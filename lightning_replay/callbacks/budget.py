@@ -25,9 +25,12 @@ _RATE = 0.1
 _PROPORTIONAL = 3.0
 """How much higher the logarithm of the coefficient is as long as the drift is twice the budget. It answers before the
 rate has added up: without it, the lag of the average and of the model makes the coefficient swing."""
+_LARGEST = 3.0
+"""Where the relative violation of a measurement is cut off, so that the average is soon back from a model that went far
+astray."""
 _FURTHEST = (-0.5, 1.0)
-"""Where the relative violation is cut off. Drift is far above a budget only for a while, and far below it as long as
-a learning rate warms up: a coefficient that sank in that time would be late."""
+"""Where the smoothed relative violation is cut off. Drift is far above a budget only for a while, and far below it as
+long as a learning rate warms up: a coefficient that sank in that time would be late."""
 _HELD = 50
 """For how many measurements the coefficient may wait for the drift to reach the budget: it begins at zero."""
 _SPAN = 1000.0
@@ -158,6 +161,7 @@ class BudgetController:
         self.drift: float | None = None
         self.allowed = math.nan
         self._level = self._log_price = math.log(self.coefficient)
+        self._violation: float | None = None
         self._waited: int | None = 0
         self._unmeasured = 0
         self._pending: list[tuple[Tensor | float, int]] = []
@@ -188,8 +192,9 @@ class BudgetController:
             return
         self._unmeasured = 0
         self.allowed = allowed = self.budget.at(step)
-        self.drift = measured if self.drift is None else _AVERAGE * self.drift + (1 - _AVERAGE) * measured
-        violation = min(max(self.drift / allowed - 1, _FURTHEST[0]), _FURTHEST[1])
+        self.drift = _averaged(self.drift, measured)
+        self._violation = _averaged(self._violation, min(measured / allowed - 1, _LARGEST))
+        violation = min(max(self._violation, _FURTHEST[0]), _FURTHEST[1])
         if self._waited is not None:
             self._waited += 1
             if violation < 0 and self._waited <= _HELD:
@@ -240,6 +245,7 @@ class BudgetController:
             "allowed": self.allowed,
             "level": self._level,
             "log_price": self._log_price,
+            "violation": self._violation,
             "waited": self._waited,
             "unmeasured": self._unmeasured,
             "pending": [(float(drift), tokens) for drift, tokens in self._pending],
@@ -248,13 +254,17 @@ class BudgetController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
         self.coefficient, self.drift, self.allowed = state["coefficient"], state["drift"], state["allowed"]
-        self._level, self._log_price = state["level"], state["log_price"]
+        self._level, self._log_price, self._violation = state["level"], state["log_price"], state["violation"]
         self._waited, self._unmeasured = state["waited"], state["unmeasured"]
         self._pending = [(drift, tokens) for drift, tokens in state["pending"]]
 
     def _bounded(self, log_coefficient: float) -> float:
         middle, reach = math.log(self.budget.start), math.log(_SPAN)
         return min(max(log_coefficient, middle - reach), middle + reach)
+
+
+def _averaged(average: float | None, value: float) -> float:
+    return value if average is None else _AVERAGE * average + (1 - _AVERAGE) * value
 
 
 def _check_positive(value: Any, what: str) -> None:
