@@ -68,7 +68,8 @@ class ForgettingBudget:
 
     Logged: ``replay/drift``, smoothed, ``replay/budget`` and, for the forward KL at temperature 1 and the next-token
     loss, whose gradient is the drift's, ``replay/price``: the smoothed coefficient. At the optimum it is the exchange
-    rate, how many nats of the new task's loss a nat of drift buys.
+    rate, how many nats of the new task's loss a nat of drift buys. Before, as long as the new task's loss falls, a
+    larger budget buys more, since it also lets it fall faster.
 
     Args:
         budget: The drift to hold, in nats a token, above 0: a number, or a function of the optimizer step.
@@ -235,7 +236,8 @@ class BudgetController:
         if self.price is None:
             return f"{line}, with a coefficient of {self.coefficient:.3g}."
         more = 0.2 * self.allowed
-        return f"{line}; {more:.2g} nats more would lower the new task's loss by about {more * self.price:.2g}."
+        lower = f"{more:.2g} nats more would lower the new task's loss by about {more * self.price:.2g}"
+        return f"{line}; {lower}, or by more as long as it falls."
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coefficients to come depend on."""

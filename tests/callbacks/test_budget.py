@@ -163,7 +163,7 @@ def test_the_budget_may_be_a_function_of_the_step() -> None:
 @pytest.mark.parametrize(
     ("drift", "has_price", "words"),
     [
-        (0.05, True, "drift 0.05 of 0.05 nats a token; 0.01 nats more would lower the new task's loss by about 0.1."),
+        (0.05, True, "drift 0.05 of 0.05 nats a token; 0.01 nats more would lower the new task's loss by about 0.1,"),
         (0.05, False, "drift 0.05 of 0.05 nats a token, with a coefficient of"),
         (0.0, True, "did not bind"),
         (0.1, True, "drift 0.1 of 0.05 nats a token, which was not held"),

@@ -206,7 +206,7 @@ def budget(folder: Path) -> Any:
     """Rows of several lengths, so that the processes measure on different numbers of tokens."""
     sampling = Sampling(stop_at_eos=True)
     replay = SelfGeneratedReplay(
-        coefficient=ForgettingBudget(1e-3), seed=5, refill_rows=7, sequence_length=12, sampling=sampling
+        coefficient=ForgettingBudget(1e-4), seed=5, refill_rows=7, sequence_length=12, sampling=sampling
     )
     return fit(replay)
 
