@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean, mean
 from typing import Any
 
-from experiments import Lab, Report, cell, count, main, table
+from experiments import Lab, Report, cell, count, main, plain_numbers, table
 from learning_rate import scientific
 from matplotlib.figure import Figure
 from runs import Point, forgetting
@@ -91,6 +91,7 @@ def budget(lab: Lab) -> Report:
         axes[0].set(title="A budget of forgetting, held", ylabel="drift ÷ budget")
         axes[0].legend(frameon=False, fontsize=6, ncols=3)
         axes[1].set(xlabel="optimizer steps", ylabel="coefficient", yscale="log")
+        plain_numbers(axes[1].yaxis)
 
     return Report(
         claim="A budget of forgetting is held",

@@ -33,6 +33,8 @@ __all__ = ["ReplayStep"]
 class ReplayStep:
     """Adds ``coefficient`` times the replay loss to what ``training_step`` returns.
 
+    With a budget, the sum is divided by one more than the coefficient, as ``ForgettingBudget`` says.
+
     Args:
         loss: The replay loss.
         coefficient: The factor of the replay loss: a number, a function of the optimizer step, or a budget.
