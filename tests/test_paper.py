@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
+from budget import Held, exchange
 from experiments import cell, fill, perform
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
@@ -60,6 +61,19 @@ def test_a_region_of_a_page_is_filled_and_the_rest_stays(tmp_path: Path) -> None
     fill(page, "a", "new \\1")
     fill(page, "b", "nowhere")
     assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- end of a -->\nafter\n"
+
+
+def test_a_price_is_compared_with_the_loss_that_a_larger_budget_has_bought() -> None:
+    def held(budget: float, drifts: list[float], price: float, loss: float) -> Held:
+        logged = {"replay/drift": drifts, "replay/price": [99.0, price]}
+        return Held(budget, 1e-3, [{"budget": logged, "points": [{"new_loss": 9.0}, {"new_loss": loss}]}])
+
+    small = held(0.1, [0.5] * 50 + [0.12] * 30 + [0.06] * 20 + [0.1] * 5, 8.0, 3.0)
+    assert small.peaks == [pytest.approx(1.2)]
+    assert small.ends == [pytest.approx((0.12 * 2 + 0.06 * 20 + 0.1 * 5) / 27 / 0.1)]
+    told, bought = exchange(small, held(0.2, [0.2], 2.0, 2.5))
+    assert told == [pytest.approx(4.0)]
+    assert bought == [pytest.approx(5.0)]
 
 
 @pytest.fixture
@@ -144,6 +158,20 @@ def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
     for arm in ("KL × 10", PLAIN):
         losses = [float(line["prior_loss"]) for line in lines["methods"] if line["arm"] == arm]
         assert ends[arm] == pytest.approx(losses[-1] - losses[0])
+
+
+@pytest.mark.slow
+def test_budgets_are_tried_without_any_data(tmp_path: Path) -> None:
+    command = [sys.executable, str(PAPER / "budget.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+
+    with (tmp_path / "budget.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["budget"] for line in lines] == ["0.05"] * 60 + ["0.1"] * 60
+    last = [float(line["replay/drift"]) / float(line["budget"]) for line in lines if int(line["step"]) > 45]
+    row = (tmp_path / "budget.md").read_text().split("| 1e-2 | 0.05 | ")[1].split(" | ")
+    assert row[0] == cell([sum(last[:15]) / 15], ".2f")
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -42,6 +42,9 @@ class Scale:
         decades: How far below that its weights are first looked at, in powers of ten.
         capacity_steps: Optimizer steps of a finetuning at most, in `capacity.py`.
         task_steps: Optimizer steps of each task of the sequence but the first, which is trained until it is learned.
+        budgets: Of forgetting, in nats a token, in `budget.py`.
+        budget_rates: Learning rates there.
+        budget_steps: Optimizer steps of a finetuning there.
     """
 
     steps: int = 200
@@ -56,6 +59,9 @@ class Scale:
     decades: int = 3
     capacity_steps: int = 800
     task_steps: int = 400
+    budgets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    budget_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    budget_steps: int = 300
 
 
 QUICK = Scale(
@@ -71,6 +77,9 @@ QUICK = Scale(
     decades=1,
     capacity_steps=15,
     task_steps=10,
+    budgets=(0.05, 0.1),
+    budget_rates=(1e-2,),
+    budget_steps=60,
 )
 
 

@@ -118,7 +118,7 @@ class Finetuning(Run):
     held_out: int = 128
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Train; returns ``points``, as ``Point`` has them."""
+        """Train; returns ``points``, as ``Point`` has them, and what a budget logged at each step, by key."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
         new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
         sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
@@ -131,7 +131,7 @@ class Finetuning(Run):
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
         recorder = Recorder(sets, self.every, "new", self.until)
         train(module, data, recorder, self.steps, replay)
-        return {"points": recorder.points}
+        return {"points": recorder.points, "budget": recorder.budget}
 
     def _network(self, model: str) -> Any:
         if self.lora_rank is None:
@@ -259,6 +259,7 @@ class Recorder(ForgettingMonitor):
         self.watched = watched
         self.until = until
         self.points: list[dict[str, float]] = []
+        self.budget: dict[str, list[float]] = {}
         self._clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
         self._trained = dict.fromkeys(self._clocks, 0.0)
         self._resumed_at: dict[str, float] = {}
@@ -273,6 +274,9 @@ class Recorder(ForgettingMonitor):
     ) -> None:
         """Measure when it is due, and stop the run when its level is reached."""
         step = trainer.global_step
+        values = trainer.callback_metrics
+        for key in ("replay/drift", "replay/coefficient", "replay/price") if "replay/drift" in values else ():
+            self.budget.setdefault(key, []).append(float(values[key]))
         if step % self.every == 0 or (step < self.every and step % self.every_n_steps == 0):
             self._stop_clocks()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

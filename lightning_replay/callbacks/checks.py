@@ -1,6 +1,6 @@
 """What ``SelfGeneratedReplay`` refuses: arguments without effect, and rows that the model can't take."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -55,7 +55,7 @@ def changed_settings(sampling: Sampling, others: Mapping[str, bool]) -> list[str
 
 def refuse_what_has_no_effect(
     loss: ReplayLoss,
-    coefficient: float | Callable[[int], float],
+    coefficient: Any,
     reference: Reference,
     source: str,
     sampling: Sampling,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.budget import ForgettingBudget
 from lightning_replay.callbacks.checks import (
     DEFAULT_COEFFICIENT,
     check_numbers,
@@ -61,7 +62,7 @@ class SelfGeneratedReplay(Callback):
     coefficient), ``replay/coefficient``, ``replay/age`` (optimizer steps since its rows were sampled) and
     ``replay/uses`` (how often they had been drawn); ``replay/buffer_fill``; ``replay/reuse_gap``, if rows are used
     again (how much lower the replay loss is on them than on rows drawn for the first time, in nats a token, as
-    ``ReuseGap`` describes; above 0 if rows are learned by heart); and, as totals,
+    ``ReuseGap`` describes; above 0 if rows are learned by heart); what a ``ForgettingBudget`` logs; and, as totals,
     ``replay/sampling_seconds``, ``replay/loss_seconds`` (without the backward), ``replay/rows_sampled`` and
     ``replay/dropped/<filter>``. At each refill: a few samples as text, and ``replay/quality/<measure>`` (see
     ``lightning_replay.sampling.statistics``). The arguments are hyper-parameters under ``SelfGeneratedReplay/``.
@@ -89,7 +90,7 @@ class SelfGeneratedReplay(Callback):
             ``"mixed"``: rows join the batch of a ``ReplayDataModule``, and the user's own loss sees them. ``"lwf"``:
             the divergence on the *new* rows, ``LwF(temperature)``. Or a ``ReplayLoss`` of your own.
         coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step. High values
-            protect more and slow the new task down.
+            protect more and slow the new task down. Or ``ForgettingBudget(0.05)``: how much may be forgotten.
         reference: Which model is π. ``"auto"``: a fresh PEFT adapter switched off, which is exact and free; else
             ``"copy"``. ``"copy"``: a frozen copy of the weights at fit start, ``Copy(...)``: exact, for the memory of a
             second model. ``"adapter"``: the adapter switched off, or an error. ``"cached"``: log-probabilities kept
@@ -159,7 +160,7 @@ class SelfGeneratedReplay(Callback):
     def __init__(
         self,
         loss: LossName | ReplayLoss = "kl",
-        coefficient: float | Callable[[int], float] = DEFAULT_COEFFICIENT,
+        coefficient: float | Callable[[int], float] | ForgettingBudget = DEFAULT_COEFFICIENT,
         reference: ReferenceName | Reference | nn.Module = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008
         source: Source = "reference",
@@ -189,6 +190,8 @@ class SelfGeneratedReplay(Callback):
         self.language_model = language_model
         self.seed = seed
         self.reference = ReferenceKeeper(reference_of(reference))
+        if isinstance(coefficient, ForgettingBudget):
+            coefficient.check(self.loss, self.reference.reference, source)
         self.step = ReplayStep(self.loss, coefficient)
         cached = self.loss.cached(self.reference.reference)
         self.rows = SampledRows(
@@ -325,6 +328,8 @@ class SelfGeneratedReplay(Callback):
                     "replay/age": trainer.global_step - float(drawn.steps.double().mean()),
                 }
             values |= self._of_last_rows
+        if self.step.budget is not None:
+            values |= self.step.budget.values()
         if self.step.reuse_gap.value is not None:
             values["replay/reuse_gap"] = self.step.reuse_gap.value
         # Within an epoch Lightning keeps what was logged last, and each `log` takes longer than all else in this hook.
@@ -345,6 +350,8 @@ class SelfGeneratedReplay(Callback):
                 f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
             )
         rank_zero_info(f"{line}; monitoring took {self.monitoring_seconds / total:.1%}.")
+        if self.step.budget is not None:
+            rank_zero_info(self.step.budget.summary())
 
     @override
     def on_save_checkpoint(
@@ -452,6 +459,8 @@ class SelfGeneratedReplay(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None
     ) -> None:
         reference = functools.partial(self.reference.get, trainer, model)
+        if self.step.budget is not None and self.loss.cached(self.reference.reference) is None:
+            reference()  # rows of a folder and the next-token loss do without, the drift does not
         only_sampled = feed is not None and (self._data is None or self._data.prior is None)
         gap = self.step.reuse_gap if only_sampled else None
         seed, ignored = self.seed or 0, self.ignore_index
@@ -462,12 +471,14 @@ class SelfGeneratedReplay(Callback):
         return time.perf_counter(), self.rows.generator.seconds, self.step.seconds
 
     def _follow(self, trainer: pl.Trainer, model: LanguageModel) -> None:
-        """Let an average take its step, once for each optimizer step, at which several batches may end.
+        """Let an average and a budget take their step, once for each optimizer step, at which several batches may end.
 
-        A checkpoint may have been saved between the optimizer's step and the average's, by a callback before this one.
+        A checkpoint may have been saved between the optimizer's step and theirs, by a callback before this one.
         """
         if self._followed_step is not None and self._followed_step != trainer.global_step:
             self.reference.follow(model)
+            if self.step.budget is not None:
+                self.step.budget.update(trainer.global_step, self.feed.processes)
         self._followed_step = trainer.global_step
 
     def _release(self) -> None:

@@ -8,16 +8,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.budget import DRIFT, BudgetController, ForgettingBudget
 from lightning_replay.callbacks.observed_targets import observed_targets
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
 from lightning_replay.callbacks.reuse_gap import ReuseGap
 from lightning_replay.data.feed import RowFeed
-from lightning_replay.models.head import OutputHeads
+from lightning_replay.models.head import HiddenStates, OutputHeads
 from lightning_replay.models.hooks import observed_forward
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.hidden import reference_hidden
@@ -31,14 +33,17 @@ __all__ = ["ReplayStep"]
 class ReplayStep:
     """Adds ``coefficient`` times the replay loss to what ``training_step`` returns.
 
+    With a budget, the sum is divided by one more than the coefficient, as ``ForgettingBudget`` says.
+
     Args:
         loss: The replay loss.
-        coefficient: The factor of the replay loss: a number, or a function of the optimizer step.
+        coefficient: The factor of the replay loss: a number, a function of the optimizer step, or a budget.
 
     Attributes:
         last_loss: The replay loss of the last step that had rows, without the coefficient, on the rows of this rank;
             None before the first.
         last_coefficient: Its factor.
+        budget: Moves the factor, if a budget is given.
         reuse_gap: How much lower the loss is on rows that have been used before.
         seconds: Wall-clock time of forwards and losses of replay, without the backward. It is measured on the host,
             without synchronizing the device.
@@ -47,8 +52,12 @@ class ReplayStep:
         ValueError: If ``coefficient`` is negative or not a number.
     """
 
-    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float]) -> None:
-        if not callable(coefficient):
+    def __init__(self, loss: ReplayLoss, coefficient: float | Callable[[int], float] | ForgettingBudget) -> None:
+        self.budget: BudgetController | None = None
+        if isinstance(coefficient, ForgettingBudget):
+            self.budget = BudgetController.of(coefficient, loss)
+            coefficient = coefficient.start
+        elif not callable(coefficient):
             _check_coefficient(coefficient, "`coefficient`")
         self.loss = loss
         self.coefficient = coefficient
@@ -107,14 +116,16 @@ class ReplayStep:
             else:
                 weight = feed.weight
                 key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
-                output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key)
+                fresh = None if self.budget is None or not weight else _drawn_first(feed.drawn)
+                output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key, fresh)
+            share = None if self.budget is None else 1 / (1 + self.budget.coefficient)
             if loss is None:
-                return output
+                return output if share is None or not _has_graph(output) else _combined(output, None, share)
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
             drawn = None if feed is None else feed.drawn
             if reuse_gap is not None and weight and drawn is not None and drawn.uses is not None:
                 reuse_gap.observe(self.last_loss, drawn.uses)
-            return _with_added_loss(output, self.last_coefficient * weight * loss)
+            return _combined(output, self.last_coefficient * weight * loss, share)
 
         of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
@@ -123,6 +134,8 @@ class ReplayStep:
     def forget(self) -> None:
         """Begin as if no step had been taken, but for the time."""
         self.last_loss, self.reuse_gap = None, ReuseGap()
+        if self.budget is not None:
+            self.budget.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What was computed last, and the time taken so far."""
@@ -131,6 +144,7 @@ class ReplayStep:
             "last_loss": None if self.last_loss is None else self.last_loss.cpu(),
             "last_coefficient": self.last_coefficient,
             "reuse_gap": self.reuse_gap.state_dict(),
+            "budget": None if self.budget is None else self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,6 +152,8 @@ class ReplayStep:
         self.seconds, self.last_loss = state["loss_seconds"], state["last_loss"]
         self.last_coefficient = state["last_coefficient"]
         self.reuse_gap.load_state_dict(state["reuse_gap"])
+        if self.budget is not None and state.get("budget") is not None:
+            self.budget.load_state_dict(state["budget"])
 
     def _on_replay_rows(
         self,
@@ -146,30 +162,54 @@ class ReplayStep:
         step: Callable[[], Any],
         drawn: ReplayRows | None,
         key: tuple[int, ...],
+        fresh: ReplayRows | None,
     ) -> tuple[Any, Tensor | None]:
-        """The output of the user's step, and the loss on the rows drawn for it."""
+        """The output of the user's step, and the loss on the rows drawn for it.
+
+        The budget takes the drift on ``fresh``, the rows with the targets that it is measured on.
+        """
         output = step()
         if not _has_graph(output) or drawn is None:
             return output, None
         started = time.perf_counter()
         rows = drawn.to(model.device)
         tokens = rows.tokens[:, :-1]  # the last token of a row predicts nothing in it
+        is_loss = self.loss == DRIFT and fresh is drawn
+        measured = None if fresh is None or is_loss else fresh.to(model.device)
+        drift: Tensor | None = None
 
         def reference_logits() -> Tensor:
             with reference().active() as active:
                 return active.logits(tokens)
 
         with own_randomness(model.device, *key):
-            loss = self._from_hidden(model, reference, rows, tokens) if self.loss.takes_hidden else None
-            if loss is None:
-                loss = self.loss(model.logits(tokens), rows, reference_logits)
+            found = self._from_hidden(model, reference, rows, tokens, measured) if self.loss.takes_hidden else None
+            if found is None:
+                logits, asked = model.logits(tokens), reference_logits
+                if measured is not None:
+                    asked = functools.cache(reference_logits)  # one forward for both
+                    drift = DRIFT(logits.detach(), measured, asked)
+                loss = self.loss(logits, rows, asked)
+            else:
+                loss, drift = found
+        if self.budget is not None and fresh is not None:
+            value = loss.detach() if drift is None else drift
+            self.budget.observe(value, int(fresh.targets_mask.sum()))
         self.seconds += time.perf_counter() - started
         return output, loss
 
     def _from_hidden(
-        self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
-    ) -> Tensor | None:
-        """The loss on replay rows, without logits of the whole batch; None if whole logits are to be taken."""
+        self,
+        model: LanguageModel,
+        reference: Callable[[], ReferenceModel],
+        rows: ReplayRows,
+        tokens: Tensor,
+        measured: ReplayRows | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The loss on replay rows and the drift on some, without logits of the whole batch.
+
+        None if whole logits are to be taken.
+        """
         if self._heads.of(model) is None:
             return None
 
@@ -177,11 +217,22 @@ class ReplayStep:
             return asked.logits(tokens)
 
         before = None
-        if self.loss.asks_reference(rows):
+        if self.loss.asks_reference(rows) or (measured is not None and DRIFT.asks_reference(measured)):
             before = reference_hidden(self._heads, reference(), model, call)
             if before is None:
                 return None
-        return self._heads.run(model, call, functools.partial(self.loss.on_hidden, rows=rows, reference=before))
+        drift: Tensor | None = None
+
+        def inside(ours: HiddenStates) -> Tensor:
+            nonlocal drift
+            loss = self.loss.on_hidden(ours, rows, before)
+            if measured is not None:
+                with torch.no_grad():
+                    drift = DRIFT.on_hidden(ours, measured, before)
+            return loss
+
+        loss = self._heads.run(model, call, inside)
+        return None if loss is None else (loss, drift)
 
     def _on_new_rows(
         self,
@@ -221,9 +272,9 @@ class ReplayStep:
         return output, loss
 
     def _coefficient(self, step: int) -> float:
-        if not callable(self.coefficient):
-            return self.coefficient
-        value = self.coefficient(step)
+        if self.budget is not None:
+            return self.budget.coefficient
+        value = self.coefficient(step) if callable(self.coefficient) else self.coefficient
         _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
         return float(value)
 
@@ -261,10 +312,20 @@ def _has_graph(output: Any) -> bool:
     return isinstance(loss, Tensor) and loss.requires_grad
 
 
-def _with_added_loss(output: Any, loss: Tensor) -> Any:
+def _combined(output: Any, added: Tensor | None, share: float | None) -> Any:
+    """What a step returned, with a loss added and the sum multiplied by a share, if these are given."""
     if isinstance(output, Mapping):
-        return {**output, "loss": output["loss"] + loss}
-    return output + loss
+        return {**output, "loss": _combined(output["loss"], added, share)}
+    total = output if added is None else output + added
+    return total if share is None else share * total
+
+
+def _drawn_first(drawn: ReplayRows | None) -> ReplayRows | None:
+    """The rows, with targets in those alone that are drawn for the first time; None if these have no target."""
+    if drawn is None or drawn.uses is None or bool((drawn.uses == 1).all()):
+        return drawn
+    fresh = drawn._replace(targets=drawn.target_tokens & (drawn.uses == 1).unsqueeze(1))
+    return fresh if bool(fresh.targets_mask.any()) else None
 
 
 def _restore_training_step(pl_module: pl.LightningModule, of_instance: Any) -> None:

@@ -197,6 +197,13 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
             )
             section.add(drawn, curves)
         section.missing += _missing(runs, forgetting)
+    if curves := _curves(runs, "replay/drift"):
+        section.text += " Drift is the KL divergence on replay rows; the thin line is its budget."
+        limits = _curves(runs, "replay/budget")
+        drawn = pictures.lines(
+            "drift", curves, "Drift and its budget", y_label="nats a token", zero=True, limits=limits
+        )
+        section.add(drawn, curves)
     if not sets:
         section.missing += [
             "No run has logged `forgetting/<name>`. Add a ForgettingMonitor to the Trainer's callbacks."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ class Pictures:
         small: bool = False,
         zero: bool = False,
         ends: bool = False,
+        limits: Mapping[str, Curve] = MappingProxyType({}),
     ) -> Markup:
         """Draw a curve for each run.
 
@@ -109,6 +111,7 @@ class Pictures:
             small: Whether to draw a small picture, one of many.
             zero: Whether to draw a line at y = 0.
             ends: Whether to mark the end of each run.
+            limits: A thin line for each run that has one, by name.
 
         Returns:
             SVG for a page that has a legend of its own.
@@ -122,6 +125,8 @@ class Pictures:
                 finite = [a if isfinite(a) and isfinite(b) else nan for a, b in zip(x, y, strict=True)]
                 dots = "o" if len(x) <= 40 else None
                 axis.plot(finite, y, marker=dots, markersize=3.5, **self.looks[run].line())
+                if run in limits:
+                    axis.plot(*limits[run], **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.7})
                 if ends:
                     axis.plot(finite[-1:], y[-1:], marker="o", markersize=7, color=self.looks[run].color)
             axis.set(title=_short(title), xlabel=x_label, ylabel=y_label)

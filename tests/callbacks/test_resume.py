@@ -56,6 +56,11 @@ RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
     "lwf, copy": (6, job(loss="lwf")),
     "lwf, adapter": (4, job(loss="lwf", lora=True)),
     "lwf, ema": (8, job(loss="lwf", reference=["EMA", {"decay": 0.5}])),
+    "budget": (6, job(coefficient=[0.001])),
+    "budget, ntp, accumulation, two uses": (
+        4,
+        job(loss="ntp", coefficient=[0.001], uses_per_sample=2, accumulate=2, steps=8),
+    ),
     "accumulation": (4, job(accumulate=2, steps=8)),
     "every third step": (4, job(every_n_steps=3, uses_per_sample=2)),
     "uses by the gap": (9, job(**BY_THE_GAP)),

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_replay import (
     Cached,
+    ForgettingBudget,
     ForgettingMonitor,
     LanguageModel,
     ReplayDataModule,
@@ -199,6 +200,15 @@ def kl(folder: Path) -> Any:
 
 def _starts_low(samples: Any) -> Tensor:
     return samples.tokens[:, 1] < 24  # type: ignore[no-any-return]
+
+
+def budget(folder: Path) -> Any:
+    """Rows of several lengths, so that the processes measure on different numbers of tokens."""
+    sampling = Sampling(stop_at_eos=True)
+    replay = SelfGeneratedReplay(
+        coefficient=ForgettingBudget(1e-4), seed=5, refill_rows=7, sequence_length=12, sampling=sampling
+    )
+    return fit(replay)
 
 
 def ntp_with_a_single_row(folder: Path) -> Any:
@@ -430,6 +440,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     run.__name__: run
     for run in (
         kl,
+        budget,
         ntp_with_a_single_row,
         cached,
         callback_alone,

@@ -18,7 +18,16 @@ from peft import LoraConfig, get_peft_model
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_replay import EMA, Cached, Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
+from lightning_replay import (
+    EMA,
+    Cached,
+    Copy,
+    ForgettingBudget,
+    ForgettingMonitor,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+)
 from tests.helpers.modules import VOCABULARY, Rows, UserModule, mapping_loader, quiet_trainer
 
 STEPS = 10
@@ -137,6 +146,8 @@ def run(job: dict[str, Any]) -> None:
     if isinstance(options.get("reference"), list):
         kind, settings = options["reference"]
         options["reference"] = {"Copy": Copy, "Cached": Cached, "EMA": EMA}[kind](**settings)
+    if isinstance(options.get("coefficient"), list):
+        options["coefficient"] = ForgettingBudget(*options["coefficient"])
     if options.get("loss") != "lwf":  # which samples nothing
         options = {"refill_rows": 4, "sampling": Sampling(filters=filters)} | options
     replay = SelfGeneratedReplay(**options)

@@ -229,6 +229,19 @@ def test_each_prior_set_has_pictures_and_columns_of_its_own(tmp_path: Path, trai
         assert last(tmp_path / "logs/run/version_0/metrics.csv", f"prior_loss/{name}") in values
 
 
+def test_the_drift_is_drawn_over_its_budget(tmp_path: Path) -> None:
+    logs, thin = tmp_path / "logs", "stroke-width: 0.9"
+    write_log(logs / "fixed", [{"replay/loss": 0.1, "val/loss": 1.0}] * 3)
+    report([logs], tmp_path / "page")
+    assert "Drift" not in Page(tmp_path / "page").text
+    for name in ("one", "two"):
+        write_log(logs / name, [{"replay/drift": drift, "replay/budget": 0.05} for drift in (0.01, 0.07, 0.05)])
+    assert tmp_path / "again" / "drift.png" in report([logs], tmp_path / "again")
+    page = Page(tmp_path / "again")
+    assert "Drift and its budget" in page.text
+    assert page.source.count(thin) == 2  # one line a run
+
+
 def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:
     evil = "<b>$x_$&\"--><script>'"
     write_log(tmp_path / "logs" / "_<i>run" / "one", [{f"forgetting/{evil}": 0.5, f"prior_loss/{evil}": 1.0}] * 2)

@@ -67,6 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         folder,
         *(
             "kl",
+            "budget",
             "ntp_with_a_single_row",
             "cached",
             "callback_alone",
@@ -127,7 +128,7 @@ def assert_trained_as_one_process(first: Any, second: Any, alone: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kl", "ntp_with_a_single_row", "cached", "callback_alone", "every_third_step", "generated"]
+    "name", ["kl", "budget", "ntp_with_a_single_row", "cached", "callback_alone", "every_third_step", "generated"]
 )
 def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: str) -> None:
     first, second, alone = runs(name)
@@ -138,6 +139,13 @@ def test_two_processes_train_as_one_does_on_the_same_batches(runs: Runs, name: s
     if name == "ntp_with_a_single_row":
         assert weights == {2.0}
         assert all(not step["drawn"] for step in second["steps"])
+
+
+def test_two_processes_hold_a_budget_with_one_coefficient(runs: Runs) -> None:
+    first, second, alone = (each["metrics"] for each in runs("budget"))
+    for key in ("replay/drift", "replay/coefficient", "replay/price"):
+        assert first[key] == second[key] == pytest.approx(alone[key], rel=1e-3)
+    assert first["replay/coefficient"] > 11
 
 
 def test_two_processes_learn_without_forgetting_as_one_does(runs: Runs) -> None:
