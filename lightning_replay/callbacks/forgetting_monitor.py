@@ -341,8 +341,9 @@ class ForgettingMonitor(Callback):
         own = self.own_samples if name == _SELF else None
         reference = self._keeper(trainer).get(trainer, model) if self.kl else None
         loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
-        drift = (KLDrift() if own is None else SampleDrift()).to(pl_module.device)
-        rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
+        sharded = is_sharded(trainer)
+        drift = (KLDrift() if own is None else SampleDrift(sync_on_compute=not sharded)).to(pl_module.device)
+        rank, processes = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
         for index, batch in enumerate(self._loaders[name]):
             if index == self.max_batches and own is None:
                 break

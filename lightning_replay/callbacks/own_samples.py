@@ -142,6 +142,9 @@ class SampleDrift(KLDrift):
 
     The mean over tokens is a ratio of two means over samples, of a sample's divergence and of its number of tokens; the
     error is that of a ratio estimate (Cochran 1977, Sampling Techniques, section 6.4).
+
+    Args:
+        sync_on_compute: Whether each process measures samples of its own, rather than all of them.
     """
 
     samples: Tensor
@@ -149,8 +152,8 @@ class SampleDrift(KLDrift):
     products: Tensor
     sizes: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self._divergences: list[Tensor] = []
         for name in ("samples", "squares", "products", "sizes"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -174,7 +177,7 @@ class SampleDrift(KLDrift):
 
     def standard_error(self) -> float:
         """The standard error of ``compute``; all processes call this."""
-        with self.sync_context():
+        with self.sync_context(should_sync=self.sync_on_compute):
             mean = self.total / self.count
             spread = self.squares - 2 * mean * self.products + mean.square() * self.sizes
             variance = spread.clamp(min=0) * self.samples / (self.samples - 1)

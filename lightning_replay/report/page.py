@@ -172,8 +172,9 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
     section = _Section(
         "Forgetting",
         "Forgetting is the rise of the loss on a held-out prior set since fit start, in nats a token; on `self`, the "
-        "model's own samples, it is the KL divergence from the model at fit start. Against the new task's loss it shows the price of learning: of two runs at the same new-task loss, the lower one has "
-        "forgotten less. The large dot marks the end of a run.",
+        "model's own samples, it is the KL divergence from the model at fit start. Against the new task's loss it "
+        "shows the price of learning: of two runs at the same new-task loss, the lower one has forgotten less. The "
+        "large dot marks the end of a run.",
     )
     averaged = new_loss.startswith("train")
     if averaged:
