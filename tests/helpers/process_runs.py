@@ -405,8 +405,10 @@ def sharded_kl(folder: Path) -> Any:
 def sharded_resumed(folder: Path) -> Any:
     replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=3)
     monitor = ForgettingMonitor({"many": mapping_loader(18, batch_size=4)}, every_n_steps=2, self_rows=10)
-    path, options = folder / f"sharded-of-{WORLD}" / "step=4.ckpt", {"rows": 32, "max_steps": 6, "max_epochs": -1}
-    seen = fit(replay, 0.15, callbacks=[monitor], ckpt_path=str(path), sharded=True, **options)
+    path = folder / f"sharded-of-{WORLD}" / "step=4.ckpt"
+    seen = fit(
+        replay, 0.15, rows=32, max_steps=6, max_epochs=-1, callbacks=[monitor], ckpt_path=str(path), sharded=True
+    )
     return seen | {"self_rows": self_rows(monitor)}
 
 
