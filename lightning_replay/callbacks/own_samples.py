@@ -165,8 +165,11 @@ class SampleDrift(KLDrift):
 
     def end_batch(self, sizes: list[int]) -> None:
         """Count what was added since the last call, given the number of tokens of each sample in it."""
-        sums = torch.stack([part.sum() for part in torch.split(torch.cat(self._divergences), sizes)])
-        self._divergences = []
+        added, self._divergences = self._divergences, []
+        if not any(sizes):
+            return
+        # The last ones: a batch whose hidden states turn out to be of no use is measured again on whole logits.
+        sums = torch.stack([part.sum() for part in torch.split(torch.cat(added)[-sum(sizes) :], sizes)])
         tokens = torch.tensor(sizes, dtype=torch.float64, device=sums.device)
         self.total += sums.sum()
         self.count += sum(sizes)

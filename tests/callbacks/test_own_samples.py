@@ -356,6 +356,7 @@ def test_the_error_in_parts_is_that_of_the_whole() -> None:
         for part in (slice(0, 5), slice(5, None)):  # as chunks of positions come
             metric.update(*(each[None, part] for each in flat))
         metric.end_batch(sizes[rows])
+    metric.end_batch([0, 0])
     assert float(metric.compute()) == pytest.approx(float(ratio))
     assert metric.standard_error() == pytest.approx(float(expected))
 
