@@ -68,8 +68,9 @@ class ForgettingMonitor(Callback):
     - ``forgetting_error/self``: its standard error, over samples. Half of it takes four times the rows.
     - ``prior_loss/self``, ``prior_perplexity/self``, ``prior_accuracy/self``: as for other sets.
 
-    What π does not sample, ``self`` does not see. With a temperature, truncation, filters or prompts, it is measured
-    where such samples go.
+    What π does not sample, ``self`` does not see. It is a distance: a model that becomes better at prior text, as by
+    next-token loss on real prior rows, moves away from π too. With a temperature, truncation, filters or prompts, it is
+    measured where such samples go.
 
     ``forgetting/seconds`` is the time that all monitors of the Trainer have spent on this so far.
 
