@@ -13,6 +13,7 @@ from budget import Held, exchange
 from experiments import cell, fill, perform
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
+from scipy.stats import spearmanr
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 CLAIMS = [
@@ -189,3 +190,20 @@ def test_a_single_script_compares_all_objectives(tmp_path: Path) -> None:
         losses = [float(line["prior_loss"]) for line in lines if line["arm"] == arm]
         assert shown[arm] == cell([losses[-1] - losses[0]])
     assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_forgetting_on_own_samples_is_compared_with_forgetting_on_prior_text(tmp_path: Path) -> None:
+    script = str(PAPER / "self_forgetting.py")
+    command = [sys.executable, script, "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run([*command, "--steps", "2", "--every", "2"], check=True)
+
+    with (tmp_path / "self_forgetting.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {float(line["self_kl"]) for line in lines if line["step"] == "0"} == {0.0}
+    ends = [line for line in lines if line["step"] == "2"]
+    assert len(ends) == len({line["run"] for line in lines}) == 23
+    expected = spearmanr(*([float(line[name]) for line in ends] for name in ("self_kl", "forgetting"))).statistic
+    table = [line.split(" | ") for line in (tmp_path / "self_forgetting.md").read_text().splitlines()]
+    (shown,) = (cells[4] for cells in table if cells[:3] == ["| ends", "all runs", "23"])
+    assert float(shown.removesuffix(" |")) == pytest.approx(expected, abs=5e-4)

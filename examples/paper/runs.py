@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import lightning as L
@@ -49,6 +49,8 @@ class Point:
         prior_kl: KL divergence from the model before finetuning there, in nats a token.
         new_loss: Loss on held-out new text, in nats a token.
         new_kl: KL divergence from the model before finetuning there, in nats a token.
+        self_kl: The same on samples of the model's own, if the run is watched on them.
+        self_error: Its standard error.
     """
 
     step: int
@@ -59,6 +61,8 @@ class Point:
     prior_kl: float
     new_loss: float
     new_kl: float
+    self_kl: float = float("nan")
+    self_error: float = float("nan")
 
 
 Trajectory = list[Point]
@@ -117,6 +121,9 @@ class Finetuning(Run):
     length: int = 128
     held_out: int = 128
 
+    self_rows: ClassVar[int] = 0
+    """Samples of the model's own to measure on as well. They change nothing else in the run."""
+
     def run(self, folder: Path) -> dict[str, Any]:
         """Train; returns ``points``, as ``Point`` has them, and what a budget logged at each step, by key."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
@@ -129,7 +136,7 @@ class Finetuning(Run):
         L.seed_everything(self.seed, verbose=False)
         module = CausalLM(self._network(model), self.learning_rate, schedule="constant")
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
-        recorder = Recorder(sets, self.every, "new", self.until)
+        recorder = Recorder(sets, self.every, "new", self.until, self_rows=self.self_rows)
         train(module, data, recorder, self.steps, replay)
         return {"points": recorder.points, "budget": recorder.budget}
 
@@ -249,12 +256,19 @@ class Recorder(ForgettingMonitor):
         kl: Whether to measure KL divergences from the first model.
         watched: The set whose loss ends the run.
         until: The loss to stop at, if any.
+        self_rows: Samples of the model's own to measure on as well.
     """
 
     def __init__(
-        self, sets: Mapping[str, list[Any]], every: int, watched: str, until: float | None, kl: bool = True
+        self,
+        sets: Mapping[str, list[Any]],
+        every: int,
+        watched: str,
+        until: float | None,
+        kl: bool = True,
+        self_rows: int = 0,
     ) -> None:
-        super().__init__(sets, max(1, every // 5), kl=kl)
+        super().__init__(sets, max(1, every // 5), kl=kl, self_rows=self_rows)
         self.every = every
         self.watched = watched
         self.until = until
@@ -303,6 +317,9 @@ class Recorder(ForgettingMonitor):
             point[f"{name}_loss"] = float(values[f"prior_loss/{name}"])
             if self.kl:
                 point[f"{name}_kl"] = float(values[f"prior_kl/{name}"])
+        if self.own_samples is not None:  # sampled when the first step begins, when nothing is forgotten yet
+            point["self_kl"] = float(values.get("forgetting/self", 0.0))
+            point["self_error"] = float(values.get("forgetting_error/self", 0.0))
         self.points.append(point)
         self._resumed_at = {name: clock() for name, clock in self._clocks.items()}
 

@@ -1,32 +1,32 @@
-"""The callback that measures forgetting on held-out prior data during training."""
+"""The callback that measures forgetting during training, on held-out prior data or on the model's own samples."""
 
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_replay.callbacks.measuring import update_metrics
+from lightning_replay.callbacks.own_samples import SampleDrift, own_samples_of
+from lightning_replay.callbacks.prior_sets import PriorSet, check_set, checked_inputs, named_sets
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
-from lightning_replay.data.batches import Batches, ModelInputs, inputs_and_targets
+from lightning_replay.data.batches import Batches, ModelInputs
 from lightning_replay.data.prior import loader_of
 from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.head import OutputHeads
-from lightning_replay.models.language_model import LanguageModel, check_tokens, find_language_model
+from lightning_replay.models.language_model import LanguageModel, find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.reference import Auto, Save
+from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import check_strategy, is_sharded
 from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.progress import heed_sigterm
@@ -34,11 +34,20 @@ from lightning_replay.utilities.validation import check_package, is_whole
 
 __all__ = ["ForgettingMonitor"]
 
-PriorSet = pl.LightningDataModule | Batches
+_SELF = "self"
+"""The name of the set of the model's own samples."""
+_TAKEN = {
+    "seconds": "`forgetting/seconds` logs the time that measuring takes",
+    _SELF: "it is the set of the model's own samples, which `self_rows` adds",
+}
+"""Names that no prior set can have, and why."""
 
 
 class ForgettingMonitor(Callback):
-    """Measures a language model on held-out prior data before, during and after training.
+    """Measures what a language model forgets, before, during and after training, with and without prior data.
+
+    Without prior data, ``ForgettingMonitor()``, it measures the model on rows that it sampled from itself before the
+    first step: the set ``self``. It can be measured beside sets of your own.
 
     It evaluates each prior set at fit start, every ``every_n_steps`` optimizer steps and at the end, in evaluation mode
     and without changing the global random state. The values go to every logger, at the step at which Lightning logs the
@@ -50,6 +59,18 @@ class ForgettingMonitor(Callback):
     - ``prior_loss/<name>``: next-token loss, in nats a token; ``prior_perplexity/<name>``: its exponential.
     - ``prior_accuracy/<name>``: share of next tokens that are the model's most likely ones.
     - ``prior_kl/<name>``: KL divergence from the model at fit start to the model now, in nats a token.
+
+    Of the set ``self``:
+
+    - ``forgetting/self``: KL divergence from the model at fit start, π, to the model now, θ, in nats a token. On
+      samples of π the expected rise of the loss is KL(π‖θ), and the exact divergence over the vocabulary at each
+      position has less noise than the rise on the tokens that were sampled. ``prior_kl`` would be the same figure.
+    - ``forgetting_error/self``: its standard error, over samples. Half of it takes four times the rows.
+    - ``prior_loss/self``, ``prior_perplexity/self``, ``prior_accuracy/self``: as for other sets.
+
+    What π does not sample, ``self`` does not see. It is a distance: a model that becomes better at prior text, as by
+    next-token loss on real prior rows, moves away from π too. With a temperature, truncation, filters or prompts, it is
+    measured where such samples go.
 
     ``forgetting/seconds`` is the time that all monitors of the Trainer have spent on this so far.
 
@@ -65,53 +86,70 @@ class ForgettingMonitor(Callback):
         Packed rows are measured as the model is trained on them: with their ``position_ids`` and, if the batch has one,
         their ``attention_mask``. Hugging Face models keep documents apart if there is no mask.
 
+    Note:
+        The rows of ``self`` have a random stream of their own, so those of ``SelfGeneratedReplay`` are as they would be
+        without a monitor. They are sampled even if replay reads its rows from a folder. Checkpoints hold them, so that
+        a resumed run measures on the same rows.
+
     Args:
-        prior: Held-out sets by name. Each is a dataloader, or another iterable that can be read more than once, of
-            batches as the model is trained on: a mapping with ``input_ids``, a ``(tokens, targets)`` pair, or a tensor
-            of tokens. Or a datamodule, whose ``val_dataloader`` is measured.
+        prior: Held-out sets by name; by default only ``self``. Each is a dataloader, or another iterable that can be
+            read more than once, of batches as the model is trained on: a mapping with ``input_ids``, a
+            ``(tokens, targets)`` pair, or a tensor of tokens. Or a datamodule, whose ``val_dataloader`` is measured.
         every_n_steps: Optimizer steps between measurements; 0 for fit start and end only.
-        max_batches: The largest number of batches to read of each set; all by default. Required for a set without a
-            length, which might never end.
-        kl: Whether to measure ``prior_kl``. It needs the model at fit start: free for fresh PEFT adapters, shared with
-            ``SelfGeneratedReplay`` if that keeps it, else a copy of the weights.
+        max_batches: The largest number of batches to read of each set of ``prior``; all by default. Required for a set
+            without a length, which might never end.
+        kl: Whether to measure ``prior_kl``. It needs the model at fit start, as the set ``self`` always does: free for
+            fresh PEFT adapters, shared with ``SelfGeneratedReplay`` if that keeps it, else a copy of the weights.
         language_model: Where the language model is in the LightningModule, as an attribute path. By default that of the
             Trainer's ``SelfGeneratedReplay``; without one, it is found in the same way.
         save_reference: Where the monitor's own copy is saved: ``"inside"`` each checkpoint or ``"beside"`` them, as for
             ``Copy``.
+        self_rows: Rows of the set ``self``; by default 64 without ``prior``, else 0: no such set. They cost their
+            sampling before the first step and, at each measurement, a forward through two models, together about as
+            much as a training step on two thirds as many rows.
+        sampling: How these rows are sampled; by default as ``SelfGeneratedReplay`` of the Trainer does, so with
+            ``Sampling(prompts="chat")`` they are conversations.
+        sequence_length: Tokens in such a row; by default those of a replay row, else of a row of the first batch.
 
     Raises:
         TypeError: If ``prior`` holds something else, or one set is several loaders; before the first step, if the
             Trainer is not ``lightning``'s.
-        ValueError: If ``prior`` is empty, two sets have the same name, a set can be read only once or has no length, or
-            a number is out of range.
+        ValueError: If ``prior`` is empty, two sets have the same name, a set can be read only once or has no length, a
+            number is out of range, or an argument has no effect beside the others.
         MisconfigurationException: Before the first step, if a prior set has no batch, or a batch that can't be measured
             or that exceeds the model's context or vocabulary; if another monitor of the Trainer has a set of the same
-            name; or if no logits are found.
+            name; if no logits are found; or if rows can't be sampled, for want of a start token or of room.
 
     Example:
         >>> import torch
         >>> from torch.utils.data import DataLoader
         >>> stories = DataLoader(torch.randint(100, (64, 16)), batch_size=8)
         >>> monitor = ForgettingMonitor({"stories": stories}, every_n_steps=50)
+        >>> without_prior_data = ForgettingMonitor()
     """
 
     def __init__(
         self,
-        prior: Mapping[str, PriorSet] | Sequence[tuple[str, PriorSet]],
+        prior: Mapping[str, PriorSet] | Sequence[tuple[str, PriorSet]] | None = None,
         every_n_steps: int = 100,
         max_batches: int | None = None,
         kl: bool = True,
         language_model: str | None = None,
         save_reference: Save = "inside",
+        self_rows: int | None = None,
+        sampling: Sampling | None = None,
+        sequence_length: int | None = None,
     ) -> None:
-        sets = list(prior.items() if isinstance(prior, Mapping) else _pairs(prior))
+        sets = [] if prior is None else named_sets(prior)
         names = [name for name, _ in sets]
-        if not sets:
-            raise ValueError("`prior` names at least one held-out set, as in {'stories': loader}; got none.")
-        if "seconds" in names:
+        if prior is not None and not sets:
             raise ValueError(
-                "A prior set can't be named 'seconds': `forgetting/seconds` logs the time that measuring takes."
+                "`prior` names at least one held-out set, as in {'stories': loader}; got none. Without prior data, "
+                "leave it out: the model is then measured on its own samples."
             )
+        for taken, reason in _TAKEN.items():
+            if taken in names:
+                raise ValueError(f"A prior set can't be named {taken!r}: {reason}.")
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
         if not is_whole(every_n_steps, 0):
@@ -121,7 +159,7 @@ class ForgettingMonitor(Callback):
         if max_batches is not None and not is_whole(max_batches, 1):
             raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
         for name, loader in sets:
-            _check_set(name, loader, max_batches)
+            check_set(name, loader, max_batches)
         self.prior = dict(sets)
         self.every_n_steps = every_n_steps
         self.max_batches = max_batches
@@ -133,7 +171,11 @@ class ForgettingMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self._own_reference = ReferenceKeeper(Auto(save=save_reference), owner=",".join(sorted(names)))
+        self.own_samples = own_samples_of(self_rows, sampling, sequence_length, prior is None, max_batches, kl)
+        """The rows of the set ``self``, if it is measured."""
+
+        self._names = sorted(names if self.own_samples is None else [*names, _SELF])
+        self._own_reference = ReferenceKeeper(Auto(save=save_reference), owner=",".join(self._names))
         self._loaders: dict[str, Batches] = {}
         self._resumed = False
         self._measured_at = -1
@@ -144,7 +186,7 @@ class ForgettingMonitor(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(prior=sorted(self.prior))
+        return self._generate_state_key(prior=self._names)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -154,18 +196,22 @@ class ForgettingMonitor(Callback):
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self._own_reference.begin_fit(trainer)
         self.baseline, self._resumed = {}, False
+        self._loaders, self._values = {}, {}
+        if self.own_samples is not None:
+            self.own_samples.forget()
         check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
-        shared = sorted({name for other in others for name in other.prior} & set(self.prior))
+        shared = sorted({name for other in others for name in other._names} & set(self._names))
         if shared:
             raise MisconfigurationException(
-                f"Two ForgettingMonitors of this Trainer have prior sets of the same name: {shared}. Rename one."
+                f"Two ForgettingMonitors of this Trainer have prior sets of the same name: {shared}. Rename one, or "
+                "leave it out."
             )
         with isolate_rng():
             for name, given in self.prior.items():
                 if isinstance(given, pl.LightningDataModule):
                     self._loaders[name] = loader_of(given, "val_dataloader", trainer)
-                    _check_set(name, self._loaders[name], self.max_batches)
+                    check_set(name, self._loaders[name], self.max_batches)
                 else:
                     self._loaders[name] = given
 
@@ -174,15 +220,19 @@ class ForgettingMonitor(Callback):
         self._own_reference.begin_training()
         self._heads = OutputHeads()
         self._model = find_language_model(pl_module, self._language_model(trainer))
+        if self.own_samples is not None and self.own_samples.held is not None:
+            self._loaders[_SELF] = self.own_samples.batches()
         if self._resumed:
             # Other callbacks may monitor the last values before the next measurement.
             publish(trainer, self._values)
             return
-        if self._keeper(trainer).resumed_from(trainer) is not None:
+        if self.prior and self._keeper(trainer).resumed_from(trainer) is not None:
             rank_zero_warn(
                 "The checkpoint was saved without this ForgettingMonitor: forgetting is measured from here on."
             )
-        self._measure(trainer, pl_module, next_step(trainer))
+        if self.own_samples is not None:
+            self._keeper(trainer).get(trainer, self._model)  # a checkpoint may be saved before the first batch
+        self._measure(trainer, pl_module, next_step(trainer), list(self._loaders))
         with isolate_rng():
             for name, loader in self._loaders.items():
                 if next(iter(loader), None) is None:
@@ -192,6 +242,21 @@ class ForgettingMonitor(Callback):
                     )
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        own = self.own_samples
+        if own is None or own.held is not None:
+            return
+        # Not earlier: rows are as long as those of the first batch.
+        assert self._model is not None
+        started = time.perf_counter()
+        own.sample(trainer, pl_module, self._model, self._keeper(trainer).get(trainer, self._model), batch)
+        self._loaders[_SELF] = own.batches()
+        self._add_seconds(trainer, time.perf_counter() - started)
+        self._measure(trainer, pl_module, next_step(trainer), [_SELF])
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -199,12 +264,12 @@ class ForgettingMonitor(Callback):
         # With gradient accumulation, several batches end at one global step.
         if due and trainer.global_step != self._measured_at:
             # Lightning counts this batch only after its hooks.
-            self._measure(trainer, pl_module, next_step(trainer) + 1)
+            self._measure(trainer, pl_module, next_step(trainer) + 1, list(self._loaders))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._measured_at:
-            self._measure(trainer, pl_module, next_step(trainer))
+            self._measure(trainer, pl_module, next_step(trainer), list(self._loaders))
 
     @override
     def on_save_checkpoint(
@@ -234,6 +299,7 @@ class ForgettingMonitor(Callback):
             "measured_at": self._measured_at,
             "values": self._values,
             "seconds": self.seconds,
+            "self_rows": None if self.own_samples is None else self.own_samples.state_dict(),
         }
 
     @override
@@ -243,45 +309,55 @@ class ForgettingMonitor(Callback):
         self._values = dict(state_dict.get("values", {}))
         self.seconds = state_dict.get("seconds", 0.0)
         self._resumed = bool(self.baseline)  # empty if it was saved before the first step
+        if self.own_samples is not None:
+            self.own_samples.load_state_dict(state_dict["self_rows"])
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Evaluate every prior set, log the values and publish them to other callbacks."""
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, names: Sequence[str]) -> None:
+        """Evaluate some sets, log the values and publish them to other callbacks."""
+        if not names:
+            return
         values: dict[str, float] = {}
         started = time.perf_counter()
         with isolate_rng():
             if trainer.world_size > 1:
                 torch.manual_seed(0)  # a loader that shuffles does so equally in every process
-            for name in self.prior:
+            for name in names:
                 values |= self._evaluate(trainer, pl_module, name)
-        elapsed = time.perf_counter() - started
-        self.seconds += elapsed
+        self._add_seconds(trainer, time.perf_counter() - started)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         values["forgetting/seconds"] = sum(each.seconds for each in callbacks if isinstance(each, ForgettingMonitor))
-        for callback in callbacks:
+        self._measured_at = trainer.global_step
+        self._values |= values
+        log_values(trainer, values, step)
+
+    def _add_seconds(self, trainer: pl.Trainer, elapsed: float) -> None:
+        self.seconds += elapsed
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SelfGeneratedReplay):
                 callback.monitoring_seconds += elapsed
-        self._measured_at = trainer.global_step
-        self._values = values
-        log_values(trainer, values, step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
         model = self._model
         assert model is not None
+        own = self.own_samples if name == _SELF else None
         reference = self._keeper(trainer).get(trainer, model) if self.kl else None
         loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
-        drift = KLDrift().to(pl_module.device)
-        rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
+        sharded = is_sharded(trainer)
+        drift = (KLDrift() if own is None else SampleDrift(sync_on_compute=not sharded)).to(pl_module.device)
+        rank, processes = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
         for index, batch in enumerate(self._loaders[name]):
-            if index == self.max_batches:
+            if index == self.max_batches and own is None:
                 break
             heed_sigterm(trainer)
             if index % processes != rank:
                 continue
-            inputs = self._checked(name, batch, model)
+            inputs = checked_inputs(name, batch, model)
             targets = inputs.targets.to(pl_module.device)
             with trainer.precision_plugin.val_step_context():
                 call = functools.partial(_logits, inputs=inputs, device=pl_module.device)
                 update_metrics(self._heads, model, reference, call, targets, loss, accuracy, drift)
+            if isinstance(drift, SampleDrift) and own is not None:
+                drift.end_batch(own.sizes(targets))
         with loss.sync_context():
             empty = not loss.count
         if empty:
@@ -297,34 +373,9 @@ class ForgettingMonitor(Callback):
             f"prior_perplexity/{name}": float(torch.tensor(prior_loss, dtype=torch.float64).exp()),
             f"prior_accuracy/{name}": _value(accuracy),
         }
+        if isinstance(drift, SampleDrift):
+            return values | {f"forgetting/{name}": _value(drift), f"forgetting_error/{name}": drift.standard_error()}
         return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
-
-    def _checked(self, name: str, batch: Any, model: LanguageModel) -> ModelInputs:
-        """What the model is given for a batch and what it is to predict, if both are valid."""
-        try:
-            inputs = inputs_and_targets(batch, model.vocabulary).right_padded()
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"The prior set {name!r} can't be measured. {error}") from error
-        tokens, targets = inputs.tokens, inputs.targets
-        if inputs.has_own_positions and not model.takes_positions:
-            raise MisconfigurationException(
-                f"The prior set {name!r} can't be measured. Its rows have `position_ids` of their own, as packed rows "
-                f"do, and {type(model.module).__name__} takes no argument of that name. Give each document a row of "
-                "its own, or add the argument."
-            )
-        if tokens.numel() and int(tokens.min()) < 0:
-            raise MisconfigurationException(
-                f"The prior set {name!r} holds the token id {int(tokens.min())}. Pad `input_ids` with a token and mark "
-                "the padding in `attention_mask`; -100 is for `labels`."
-            )
-        if tokens.numel():
-            check_tokens(int(torch.maximum(tokens, targets).max()), f"The prior set {name!r} holds", model)
-        if model.context is not None and tokens.shape[1] > model.context:
-            raise MisconfigurationException(
-                f"The prior set {name!r} has rows of {tokens.shape[1]} tokens, but {type(model.module).__name__} takes "
-                f"{model.context} at most. Cut the rows to that."
-            )
-        return inputs
 
     def _language_model(self, trainer: pl.Trainer) -> str | None:
         """The path of the language model: this callback's, or else that of the Trainer's ``SelfGeneratedReplay``."""
@@ -341,16 +392,6 @@ class ForgettingMonitor(Callback):
         return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
 
 
-def _pairs(prior: Any) -> list[tuple[str, PriorSet]]:
-    """Sets given as pairs of a name and a loader."""
-    pairs = list(prior) if isinstance(prior, Sequence) and not isinstance(prior, str) else [prior]
-    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-        raise TypeError(
-            f"`prior` names held-out sets, as in {{'stories': loader}} or [('stories', loader)]; got {prior!r}."
-        )
-    return pairs
-
-
 def _logits(model: LanguageModel, inputs: ModelInputs, device: torch.device) -> Tensor:
     """The logits of a model on a batch, given what the user's own call gives it.
 
@@ -361,34 +402,6 @@ def _logits(model: LanguageModel, inputs: ModelInputs, device: torch.device) -> 
     mask, positions = inputs.attention_mask, inputs.position_ids
     assert positions is not None
     return model.logits(inputs.tokens.to(device), None if mask is None else mask.to(device), positions.to(device))
-
-
-def _check_set(name: Any, loader: Any, max_batches: int | None) -> None:
-    """Raise an error for a prior set that is no loader or can't be read repeatedly."""
-    check_package(loader, f"The prior set {name!r}")
-    kinds = (pl.LightningDataModule, Iterable)
-    if not isinstance(name, str) or not isinstance(loader, kinds) or isinstance(loader, str):
-        raise TypeError(
-            f"`prior` has a loader of batches or a datamodule under each name; got {loader!r} under {name!r}."
-        )
-    several = isinstance(loader, (list, tuple)) and any(isinstance(each, DataLoader) for each in loader)
-    if several or isinstance(loader, (CombinedLoader, Mapping)):
-        raise TypeError(
-            f"A prior set is one dataloader, but {name!r} is a {type(loader).__name__} of several. Give each a name of "
-            "its own, as in `{'stories': first_loader, 'code': second_loader}`."
-        )
-    if isinstance(loader, pl.LightningDataModule):
-        return  # its loader is checked once it is set up
-    if isinstance(loader, Iterator):
-        raise ValueError(
-            f"The prior set {name!r} is a {type(loader).__name__}, which can be read only once, but it is measured "
-            "repeatedly. Pass a loader, or a list of its batches."
-        )
-    if max_batches is None and sized_len(loader) is None:
-        raise ValueError(
-            f"The prior set {name!r} has no length, so it might never end. Set `max_batches`, the batches to read of "
-            "each set at most."
-        )
 
 
 def _value(metric: Metric) -> float:

@@ -143,6 +143,7 @@ def _columns(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str) -> list
     for name in sets:
         columns += [
             _Column(f"forgetting/{name}", name, "forgetting", "+.3f"),
+            _Column(f"forgetting_error/{name}", name, "± standard error", best=None),
             _Column(f"prior_loss/{name}", name, "loss"),
             _Column(f"prior_perplexity/{name}", name, "perplexity", ",.2f"),
             _Column(f"prior_accuracy/{name}", name, "accuracy", ".1%", max),
@@ -170,9 +171,10 @@ def _rows(runs: Sequence[RunLog], columns: Sequence[_Column]) -> list[list[_Cell
 def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pictures: Pictures) -> _Section:
     section = _Section(
         "Forgetting",
-        "Forgetting is the rise of the loss on a held-out prior set since fit start, in nats a token. Against the "
-        "new task's loss it shows the price of learning: of two runs at the same new-task loss, the lower one has "
-        "forgotten less. The large dot marks the end of a run.",
+        "Forgetting is the rise of the loss on a held-out prior set since fit start, in nats a token; on `self`, the "
+        "model's own samples, it is the KL divergence from the model at fit start. Against the new task's loss it "
+        "shows the price of learning: of two runs at the same new-task loss, the lower one has forgotten less. The "
+        "large dot marks the end of a run.",
     )
     averaged = new_loss.startswith("train")
     if averaged:

@@ -12,7 +12,14 @@ __all__ = ["MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
 MONITOR_SECONDS = "forgetting/seconds"
 """The only key of the monitor that belongs to no prior set."""
-_MONITOR_KEYS = ("forgetting/", "prior_loss/", "prior_perplexity/", "prior_accuracy/", "prior_kl/")
+_MONITOR_KEYS = (
+    "forgetting/",
+    "forgetting_error/",
+    "prior_loss/",
+    "prior_perplexity/",
+    "prior_accuracy/",
+    "prior_kl/",
+)
 """Prefixes of the keys of ``ForgettingMonitor``; the name of a prior set follows."""
 _CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
 _SAMPLES = "replay/samples/text_summary"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["order_seed", "own_randomness", "stream"]
+__all__ = ["held_out_seed", "order_seed", "own_randomness", "stream"]
 
 
 def stream(*key: int) -> torch.Generator:
@@ -18,6 +18,11 @@ def stream(*key: int) -> torch.Generator:
 def order_seed(seed: int) -> int:
     """Seed of the order in which a buffer draws the rows that were generated with a seed."""
     return stream(seed, 0, 0).initial_seed()
+
+
+def held_out_seed(seed: int) -> int:
+    """Seed of rows that are measured and never replayed, beside those that are generated with a seed."""
+    return stream(seed, 0, 0, 1).initial_seed()
 
 
 @contextmanager

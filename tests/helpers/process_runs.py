@@ -346,14 +346,24 @@ def _error_of(replay: SelfGeneratedReplay) -> str:
 
 
 def monitored(folder: Path) -> Any:
-    """Five batches of one set, the last one short; a single batch of another, so that one process has none."""
+    """Five batches of one set, the last one short; a single batch of another, so that one process has none.
+
+    And ten rows of the model's own, two batches of different size.
+    """
     sets: dict[str, Any] = {
         "many": mapping_loader(18, batch_size=4),
         "one": DataLoader(prior_rows()[:3], batch_size=3),  # type: ignore[arg-type]
         "shuffled": mapping_loader(18, batch_size=4, shuffle=True),
     }
-    monitor, evaluated = ForgettingMonitor(sets, every_n_steps=2), Evaluated()
-    return fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4) | {"evaluated": evaluated.calls}
+    monitor, evaluated = ForgettingMonitor(sets, every_n_steps=2, self_rows=10), Evaluated()
+    seen = fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4)
+    return seen | {"evaluated": evaluated.calls, "self_rows": self_rows(monitor)}
+
+
+def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
+    """The rows that the model sampled from itself to be measured on."""
+    assert monitor.own_samples is not None
+    return _rows(monitor.own_samples.held)
 
 
 class Evaluated(L.Callback):
@@ -387,9 +397,9 @@ def resumed(folder: Path, saved_by: int) -> Any:
 def sharded_kl(folder: Path) -> Any:
     """One replay row in some steps, so that a process has none, and a monitor with an odd number of batches."""
     replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=3)
-    monitor = ForgettingMonitor({"many": mapping_loader(18, batch_size=4)}, every_n_steps=2)
+    monitor = ForgettingMonitor({"many": mapping_loader(18, batch_size=4)}, every_n_steps=2, self_rows=10)
     checkpoint = ModelCheckpoint(folder / f"sharded-of-{WORLD}", "{step}", save_top_k=-1, every_n_train_steps=4)
-    return fit(
+    seen = fit(
         replay,
         fraction=0.15,
         rows=32,
@@ -399,12 +409,17 @@ def sharded_kl(folder: Path) -> Any:
         enable_checkpointing=True,
         sharded=True,
     )
+    return seen | {"self_rows": self_rows(monitor)}
 
 
 def sharded_resumed(folder: Path) -> Any:
     replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=3)
+    monitor = ForgettingMonitor({"many": mapping_loader(18, batch_size=4)}, every_n_steps=2, self_rows=10)
     path = folder / f"sharded-of-{WORLD}" / "step=4.ckpt"
-    return fit(replay, 0.15, rows=32, max_steps=6, max_epochs=-1, ckpt_path=str(path), sharded=True)
+    seen = fit(
+        replay, 0.15, rows=32, max_steps=6, max_epochs=-1, callbacks=[monitor], ckpt_path=str(path), sharded=True
+    )
+    return seen | {"self_rows": self_rows(monitor)}
 
 
 def sharded_live(folder: Path) -> Any:

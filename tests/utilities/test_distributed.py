@@ -227,11 +227,14 @@ def test_sampling_in_the_background_is_refused(runs: Runs) -> None:
 def test_processes_share_the_monitoring_and_all_know_the_figures_of_the_whole(runs: Runs) -> None:
     first, second, alone = runs("monitored")
     figures = [name for name in alone["metrics"] if name.startswith(("forgetting/", "prior_"))]
-    assert len(figures) == 1 + 3 * 5
-    for name in set(figures) - {"forgetting/seconds"}:
+    assert len(figures) == 1 + 3 * 5 + 4
+    for name in {*figures, "forgetting_error/self"} - {"forgetting/seconds"}:
         assert first["metrics"][name] == second["metrics"][name]
         assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4, abs=1e-5)
     assert max(first["evaluated"], second["evaluated"]) < 0.7 * alone["evaluated"]
+    assert len(alone["self_rows"]) == 10
+    assert first["self_rows"] == second["self_rows"] == alone["self_rows"]
+    assert first["metrics"]["forgetting/self"] > 0.01
     assert first["metrics"]["prior_loss/shuffled"] == pytest.approx(first["metrics"]["prior_loss/many"], rel=1e-6)
 
 
@@ -264,8 +267,10 @@ def test_sharded_weights_train_sample_and_are_measured_as_whole_ones(folders: tu
         assert_rows_are_those_of_one_process(*run, of_one)
         assert_trained_as_one_process(*run, of_one)
         assert {step["weight"] for step in run[1]["steps"]} == {0.0, 1.0}
-    figures = [name for name in single["metrics"] if name.endswith("/many")]
-    assert len(figures) == 5
+    figures = [name for name in single["metrics"] if name.endswith(("/many", "/self"))]
+    assert len(figures) == 5 + 5
+    assert len(single["self_rows"]) == 10
+    assert first["self_rows"] == second["self_rows"] == single["self_rows"]
     assert single["metrics"]["prior_kl/many"] > 0.01
     for name in figures:
         assert first["metrics"][name] == second["metrics"][name]
@@ -273,6 +278,9 @@ def test_sharded_weights_train_sample_and_are_measured_as_whole_ones(folders: tu
     resumed, _ = both(together, "sharded_resumed")
     assert len(resumed["steps"]) == 2
     assert torch.equal(resumed["weights"], first["weights"])
+    assert resumed["self_rows"] == first["self_rows"]
+    for name in figures:
+        assert resumed["metrics"][name] == first["metrics"][name]
 
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])
