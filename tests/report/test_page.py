@@ -409,7 +409,8 @@ def run_without(module: str, *folders: Path) -> subprocess.CompletedProcess[str]
 def test_without_its_extra_the_report_names_the_command_that_installs_it(tmp_path: Path) -> None:
     run = run_without("matplotlib", tmp_path)
     assert run.returncode == 1
-    assert run.stderr.splitlines() == [
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1:] == [  # torchao has warnings of its own when transformers imports it
         "The report is made with matplotlib, which is not installed: pip install 'lightning-replay[report]'"
     ]
 
@@ -422,7 +423,8 @@ def test_without_tensorboard_csv_logs_are_reported_and_its_own_are_refused(tmp_p
     run = run_without("tensorboard", tmp_path / "csv", tmp_path / "events")
     assert Page(tmp_path / "csv-page").cell("csv", "forgetting")[1] == 1.0
     assert run.returncode == 1
-    assert run.stderr.splitlines() == [
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1:] == [  # torchao has warnings of its own when transformers imports it
         f"{tmp_path / 'events'} holds TensorBoard logs, and tensorboard, which reads them, is not installed: "
         "pip install 'lightning-replay[report]'"
     ]
