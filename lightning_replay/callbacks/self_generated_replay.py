@@ -114,7 +114,8 @@ class SelfGeneratedReplay(Callback):
             twice, or once in a run that would then have fewer than 170 different rows. Then the gap of each refill,
             ``replay/reuse_gap``, changes the number by one: less if it is above twice its standard error and a quarter
             of the replay loss, else more, up to 4; at 1 there is no gap, and the number stays. So it does if rows
-            can't be replaced (``"cached"``), with real prior rows and with ``"mixed"``. Rows of a folder are drawn once.
+            can't be replaced (``"cached"``), with real prior rows and with ``"mixed"``. Rows of a folder are drawn
+            once.
         every_n_steps: Replay rows go only with every so many optimizer steps: those of all steps since the last time,
             so the same rows in fewer and larger batches. Their loss is multiplied by the number of batches that they
             belong to, so that the gradient of a cycle of steps is the same in sum. The steps differ in size: gradient
