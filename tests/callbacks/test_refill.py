@@ -196,7 +196,7 @@ def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) ->
         sampling=Sampling(sampler=random_rows, length=12),
     )
     uses = Uses(replay)
-    module = UserModule(tiny_llama(), learning_rate=0.03)
+    module = UserModule(tiny_llama(hidden_size=128, initializer_range=0.1))  # which has room for what it learns
     quiet_trainer(callbacks=[replay, uses], max_steps=85, max_epochs=-1).fit(
         module, datamodule=ReplayDataModule(mapping_loader(), 1 / 3)
     )
