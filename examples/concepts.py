@@ -78,7 +78,7 @@ def finetune(options: argparse.Namespace, arm: str) -> Run:
     trainer = L.Trainer(
         max_steps=options.steps,
         callbacks=[
-            SelfGeneratedReplay(),
+            SelfGeneratedReplay(uses_per_sample=1),
             ForgettingMonitor(held_out, max(1, options.steps // 20), max_batches=6),
             seen,
         ],

@@ -14,7 +14,7 @@ from quick import arguments
 
 from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, TextDataModule
 
-options = arguments(__doc__)
+options = arguments(__doc__, replay_fraction=0.2)  # so that each process has replay rows in its first step
 
 
 def text(file: str) -> TextDataModule:

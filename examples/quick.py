@@ -28,7 +28,7 @@ TEMPLATE = (
 LENGTH = 24
 
 
-def arguments(description: str | None, kind: str = "txt") -> argparse.Namespace:
+def arguments(description: str | None, kind: str = "txt", replay_fraction: float = 0.1) -> argparse.Namespace:
     """The model and the texts, one document a line, that an example runs on."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub name or local folder, of model and tokenizer")
@@ -38,7 +38,9 @@ def arguments(description: str | None, kind: str = "txt") -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--replay-fraction", type=float, default=0.2, help="share of replay rows; 0 for none")
+    parser.add_argument(
+        "--replay-fraction", type=float, default=replay_fraction, help="share of replay rows; 0 for none"
+    )
     options = parsed(parser, kind, steps=60, length=LENGTH, learning_rate=3e-3)
     L.seed_everything(0, verbose=False)
     return options

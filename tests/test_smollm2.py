@@ -123,7 +123,9 @@ def test_its_cache_is_used_and_its_samples_have_the_log_probabilities_of_the_pla
 def test_a_conversation_that_it_made_up_reads_as_one(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     sampling = Sampling(prompts="chat", targets="answer")
-    replay = SelfGeneratedReplay(tokenizer=tokenizer, sequence_length=96, refill_rows=4, sampling=sampling, seed=0)
+    replay = SelfGeneratedReplay(
+        tokenizer=tokenizer, replay_fraction=0.2, sequence_length=96, refill_rows=4, sampling=sampling, seed=0
+    )
     watch, module = Watch(replay), module_of(smollm2)
     with noted("two steps with conversations of up to 96 tokens"):
         quiet_trainer(callbacks=[replay, watch], max_steps=2).fit(module, loader(smollm2))
@@ -167,7 +169,7 @@ def test_steps_take_the_loss_that_a_computation_in_32_bits_gives(smollm2: Path, 
 
 def test_an_adapter_is_trained_and_resumed_to_the_last_bit(smollm2: Path, tmp_path: Path) -> None:
     def fit(checkpoint: Path | None = None) -> tuple[L.Trainer, CausalLM]:
-        replay = SelfGeneratedReplay(refill_rows=2, sampling=Sampling(length=LENGTH), seed=0)
+        replay = SelfGeneratedReplay(replay_fraction=0.2, refill_rows=2, sampling=Sampling(length=LENGTH), seed=0)
         monitor = ForgettingMonitor({"texts": loader(smollm2, 2)}, every_n_steps=2)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         trainer = quiet_trainer(callbacks=[replay, monitor, saver], max_steps=4, enable_checkpointing=True)

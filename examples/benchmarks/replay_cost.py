@@ -149,7 +149,7 @@ def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
     model = tinystories()
 
     def arm(fraction: float, **settings: Any) -> Callable[[], None]:
-        return lambda: fit(model, steps, SelfGeneratedReplay(**settings), fraction)
+        return lambda: fit(model, steps, SelfGeneratedReplay(uses_per_sample=1, **settings), fraction)
 
     arms: dict[str, Callable[[], Any]] = {
         "no replay": lambda: fit(model, steps, None, 0.0),
@@ -265,7 +265,9 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     model_656k = tinystories()
     arms: dict[str, Callable[[], Any]] = {"0": lambda: fit(model_656k, steps, None, 0.0)}
     for fraction in (0.2, 0.5) if options.quick else (0.1, 0.2, 0.3, 0.4, 0.5):
-        arms[str(fraction)] = lambda share=fraction: fit(model_656k, steps, SelfGeneratedReplay(), share)  # type: ignore[misc]
+        arms[str(fraction)] = lambda share=fraction: fit(  # type: ignore[misc]
+            model_656k, steps, SelfGeneratedReplay(uses_per_sample=1), share
+        )
     print("\nStep cost over the share of replay rows\n\n| `replay_fraction` | ms a step | ÷ none |\n|---|---|---|")
     for name, ratio in in_turn(arms, "0", repeats).items():
         found["fraction"][name] = vars(ratio)

@@ -96,7 +96,7 @@ class Finetuning(Run):
         steps: Optimizer steps at most.
         every: Steps between measurements; in the beginning, a fifth of that.
         until: The new-task loss to stop at, if any.
-        replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
+        replay: Arguments of ``SelfGeneratedReplay``; None for no replay. As in the paper, rows are used once.
         replayed: Text to replay instead of samples.
         replay_fraction: Share of replay rows in a mixed batch.
         lora_rank: Rank of an adapter to train instead of the weights.
@@ -129,7 +129,10 @@ class Finetuning(Run):
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
         new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
         sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
-        replay = None if self.replay is None else SelfGeneratedReplay(**self.replay)
+        replay = None
+        if self.replay is not None:
+            once: dict[str, Any] = {} if self.replay["loss"] == "lwf" else {"uses_per_sample": 1}
+            replay = SelfGeneratedReplay(**once | dict(self.replay))
         real = None
         if self.replayed is not None:
             real = packed(self.replayed, model, self.rows, self.length).train_dataloader()

@@ -367,7 +367,7 @@ class SelfGeneratedReplay(Callback):
     ) -> None:
         self._checkpoint_loaded = True
         self.reference.load(trainer, checkpoint)
-        rows = checkpoint.get(_ROWS_KEY, {"buffer": None})
+        rows = checkpoint.get(_ROWS_KEY, {"buffer": None, "uses_now": 0, "heeded": 0})
         if "left_out" in rows:
             rank_zero_warn(
                 "The checkpoint was saved with `SelfGeneratedReplay.save_rows = False`, so new replay rows are "

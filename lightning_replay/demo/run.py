@@ -273,6 +273,7 @@ def replay_of(tasks: Sequence[str], reference: ReferenceName | Reference = "auto
         sequence_length=ROW_LENGTH,
         # Cached rows are sampled once, all that the run uses.
         refill_rows="auto" if isinstance(reference_of(reference), Cached) else 1024,
+        uses_per_sample=1,
         sampling=Sampling(prompts=[[task_token(task)] for task in tasks]),
     )
 

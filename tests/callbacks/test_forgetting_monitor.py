@@ -294,14 +294,13 @@ class TwoModels(UserModule):
 @pytest.mark.parametrize("first", ["monitor", "replay"])
 def test_of_two_models_the_monitor_measures_the_one_that_replay_is_for(tiny_llama: Make, first: str) -> None:
     monitor = ForgettingMonitor({"rows": prior()})
-    callbacks = [monitor, SelfGeneratedReplay(language_model="model", refill_rows=8)]
+    callbacks = [monitor, SelfGeneratedReplay(replay_fraction=0.2, language_model="model", refill_rows=8)]
     module = TwoModels(tiny_llama(0), tiny_llama(1))
     trainer = quiet_trainer(max_steps=1, callbacks=callbacks[:: 1 if first == "monitor" else -1])
     trainer.fit(module, mapping_loader())
     assert monitor.baseline["rows"] == pytest.approx(by_hand(tiny_llama(0), tiny_llama(0))["loss"], rel=1e-5)
     own = ForgettingMonitor({"rows": prior()}, language_model="other", kl=False)
     module = TwoModels(tiny_llama(0), tiny_llama(1))
-    quiet_trainer(max_steps=1, callbacks=[own, SelfGeneratedReplay(language_model="model")]).fit(
-        module, mapping_loader()
-    )
+    replay = SelfGeneratedReplay(replay_fraction=0.2, language_model="model")
+    quiet_trainer(max_steps=1, callbacks=[own, replay]).fit(module, mapping_loader())
     assert own.baseline["rows"] == pytest.approx(by_hand(tiny_llama(1), tiny_llama(1))["loss"], rel=1e-5)

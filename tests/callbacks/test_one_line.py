@@ -108,6 +108,12 @@ def test_shares_add_up_when_a_batch_owes_a_part_of_a_row(tiny_llama: Make) -> No
     assert watch.figures[-1]["replay/rows_sampled"] == 8
 
 
+def test_by_default_one_row_in_ten_is_replayed(tiny_llama: Make) -> None:
+    for data in (mapping_loader(72, batch_size=18), ReplayDataModule(mapping_loader(72, batch_size=18))):
+        _, watch = run(tiny_llama(), data, SelfGeneratedReplay(), max_steps=4)
+        assert [len(rows) for rows in watch.rows] == [2] * 4
+
+
 @pytest.mark.parametrize("kind", ["datamodule", "pairs", "tokens", "custom"])
 def test_any_data_will_do(tiny_llama: Make, kind: str) -> None:
     class Custom(UserModule):
@@ -127,7 +133,7 @@ def test_any_data_will_do(tiny_llama: Make, kind: str) -> None:
         ),
     }
     module, data, options = cases[kind]()
-    replay = SelfGeneratedReplay(refill_rows=8, **options)
+    replay = SelfGeneratedReplay(replay_fraction=0.2, refill_rows=8, **options)
     watch = Watch(replay)
     quiet_trainer(callbacks=[replay, watch], max_steps=4).fit(module, data)
     assert [len(rows) for rows in watch.rows] == [2] * 4
@@ -166,7 +172,8 @@ def test_a_fraction_of_zero_changes_no_bit(tiny_llama: Make) -> None:
 
 
 def test_several_fits_begin_with_rows_of_their_own_reference(tiny_llama: Make) -> None:
-    module, replay = UserModule(tiny_llama(), learning_rate=0.1), SelfGeneratedReplay(refill_rows=8, seed=3)
+    module = UserModule(tiny_llama(), learning_rate=0.1)
+    replay = SelfGeneratedReplay(replay_fraction=0.2, refill_rows=8, seed=3)
     rows = []
     for _ in range(2):
         watch = Watch(replay)
@@ -184,7 +191,9 @@ def test_arguments_are_logged_beside_the_user_s(tiny_llama: Make, tmp_path: Path
             self.save_hyperparameters("temper")
 
     logger = CSVLogger(tmp_path)
-    replay = SelfGeneratedReplay(coefficient=3.0, refill_rows=4, sampling=Sampling(temperature=0.5))
+    replay = SelfGeneratedReplay(
+        coefficient=3.0, replay_fraction=0.2, refill_rows=4, sampling=Sampling(temperature=0.5)
+    )
     quiet_trainer(callbacks=[replay], logger=logger, max_steps=1).fit(Theirs(tiny_llama(), 7.0), mapping_loader())
     logger.save()
     written = (Path(logger.log_dir) / "hparams.yaml").read_text()

@@ -55,7 +55,7 @@ class Seen(L.Callback):
 
 def fit(model: Any, replay: SelfGeneratedReplay, data: Any = None) -> tuple[UserModule, Seen]:
     module, seen = UserModule(model), Seen(replay)
-    quiet_trainer(callbacks=[replay, seen], max_steps=3).fit(module, data or mapping_loader())
+    quiet_trainer(callbacks=[replay, seen], max_steps=3).fit(module, data or ReplayDataModule(mapping_loader(), 0.2))
     return module, seen
 
 

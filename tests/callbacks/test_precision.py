@@ -107,6 +107,7 @@ def compared(model: Any, precision: Any, loss: str, reference: str) -> ByHand:
         DIVERGENCES.get(loss, loss),  # type: ignore[arg-type]
         coefficient=1.0,
         reference=REFERENCES[reference](),
+        replay_fraction=None if loss == "lwf" else 0.2,
         seed=0,
     )
     by_hand = ByHand(replay, loss, reference)

@@ -23,7 +23,7 @@ from tests.helpers.resume_run import STEPS, last_checkpoint, run
 Make = Callable[..., LlamaForCausalLM]
 
 
-# Two uses of 64 rows, 32 in a step; the gap of the second refill takes one off at step 10.
+# Two uses of 64 rows, 32 in a step; the gaps of the second refill and the third add one each, at steps 10 and 14.
 BY_THE_GAP: dict[str, Any] = {
     "loss": "ntp",
     "coefficient": 100.0,

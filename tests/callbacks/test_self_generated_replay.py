@@ -693,7 +693,7 @@ def test_every_reference_resumes_where_it_stopped(tiny_llama: Make, tmp_path: Pa
         ({"replay_fraction": 1.0}, "from 0 to below 1; got 1.0"),
         ({"loss": "lwf", "source": "live"}, "samples nothing, so `source` would have no effect"),
         ({"loss": "lwf", "sampling": Sampling(top_k=3)}, "`sampling.top_k` would have no effect"),
-        ({"loss": "lwf", "refill_rows": 3, "uses_per_sample": 2}, "`refill_rows`, `uses_per_sample` would have no"),
+        ({"loss": "lwf", "refill_rows": 3, "uses_per_sample": 1}, "`refill_rows`, `uses_per_sample` would have no"),
         ({"loss": "mixed", "coefficient": 3.0}, "`coefficient` would have no effect"),
         ({"loss": "ntp", "source": "live", "reference": "copy"}, "`reference` would have no effect"),
     ],

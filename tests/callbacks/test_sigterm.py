@@ -39,7 +39,8 @@ class Notified(UserModule):
 def test_a_first_fill_ends_at_the_next_token(tiny_llama: Make, options: dict[str, Any]) -> None:
     def fit(module: Notified) -> None:
         torch.manual_seed(0)
-        quiet_trainer(callbacks=[SelfGeneratedReplay(seed=1, **options)], max_steps=1).fit(module, mapping_loader())
+        replay = SelfGeneratedReplay(replay_fraction=0.2, seed=1, **options)
+        quiet_trainer(callbacks=[replay], max_steps=1).fit(module, mapping_loader())
 
     whole = Notified(tiny_llama(), None)
     fit(whole)

@@ -57,7 +57,9 @@ def test_nothing_grows_in_many_steps(
 ) -> None:
     torch.set_num_threads(1)
     watch, data = Watch(), ReplayDataModule(mapping_loader(64), 0.2)
-    replay = SelfGeneratedReplay(refill_rows=64, seed=3, background=True, reference=Copy(save="beside"))
+    replay = SelfGeneratedReplay(
+        reference=Copy(save="beside"), refill_rows=64, uses_per_sample=1, background=True, seed=3
+    )
     trainer = quiet_trainer(
         max_steps=STEPS,
         logger=JsonLines(tmp_path / "logged.jsonl"),

@@ -167,7 +167,8 @@ KINDS: dict[str, Callable[[Make], UserModule]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_user_s_step_is_as_it_was(tiny_llama: Make, kind: str) -> None:
     results = []
-    for replay in (None, SelfGeneratedReplay(coefficient=0.0, refill_rows=8, sampling=Sampling(prompts=[[1]]))):
+    sampling: dict[str, Any] = {"replay_fraction": 0.2, "refill_rows": 8, "sampling": Sampling(prompts=[[1]])}
+    for replay in (None, SelfGeneratedReplay(coefficient=0.0, **sampling)):
         torch.manual_seed(0)
         module = KINDS[kind](tiny_llama)
         trainer = quiet_trainer(callbacks=[] if replay is None else [replay], max_steps=4)

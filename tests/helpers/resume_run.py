@@ -137,7 +137,7 @@ def run(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "logged.jsonl"
-    options = {"seed": 5} | job["replay"]
+    options = {"seed": 5} | ({"replay_fraction": 0.2} if job.get("alone") else {}) | job["replay"]
     kill = job.get("kill")
     if kill and kill[0] == "checkpoint":
         kill_at_checkpoint(folder, kill[1])

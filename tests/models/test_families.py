@@ -211,7 +211,8 @@ def the_user_s_step_is_as_it_was(module: nn.Module) -> None:
     if looks_ahead(module):
         return
     results = []
-    for replay in (None, SelfGeneratedReplay(coefficient=0.0, refill_rows=4, sampling=Sampling(prompts=[[1]]))):
+    sampling: dict[str, Any] = {"replay_fraction": 0.2, "refill_rows": 4, "sampling": Sampling(prompts=[[1]])}
+    for replay in (None, SelfGeneratedReplay(coefficient=0.0, **sampling)):
         torch.manual_seed(0)
         ours = PlainDescent(copy.deepcopy(module).train(), 0.01)
         trainer = quiet_trainer(callbacks=[] if replay is None else [replay], max_steps=2)

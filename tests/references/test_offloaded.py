@@ -86,7 +86,7 @@ def test_a_fit_with_it_is_that_with_a_copy_to_the_last_bit(tiny_llama: Make) -> 
     weights = []
     for reference in (Copy(), Copy(device="cpu", offload=True), Copy(offload=True)):
         module = UserModule(tiny_llama())
-        replay = SelfGeneratedReplay(reference=reference, refill_rows=8, seed=0)
+        replay = SelfGeneratedReplay(reference=reference, replay_fraction=0.2, refill_rows=8, seed=0)
         quiet_trainer(max_steps=4, callbacks=[replay]).fit(module, mapping_loader())
         weights.append([weight.detach() for weight in module.parameters()])
     assert all(torch.equal(one, other) for some in weights[1:] for one, other in zip(weights[0], some, strict=True))

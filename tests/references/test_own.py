@@ -39,7 +39,7 @@ def fit(
     checkpoints: Path | None = None,
     **options: Any,
 ) -> tuple[Watched, UserModule]:
-    fractions = {} if isinstance(loss, LwF) else {"refill_rows": 8}
+    fractions = {} if isinstance(loss, LwF) else {"replay_fraction": 0.2, "refill_rows": 8}
     replay = Watched(loss, coefficient, reference, seed=0, **fractions)  # type: ignore[arg-type]
     savers = [] if checkpoints is None else [ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=2)]
     trainer = quiet_trainer(max_steps=steps, callbacks=[replay, *savers], enable_checkpointing=bool(savers))
@@ -165,7 +165,7 @@ def test_a_folder_with_another_tokenizer_of_the_same_size_is_refused(
     tiny_llama(vocab_size=2048).save_pretrained(tmp_path)
 
     def begin() -> None:
-        replay = SelfGeneratedReplay(reference=Model(tmp_path), tokenizer=tokenizer, refill_rows=8)
+        replay = SelfGeneratedReplay(reference=Model(tmp_path), replay_fraction=0.2, tokenizer=tokenizer, refill_rows=8)
         quiet_trainer(max_steps=1, callbacks=[replay]).fit(UserModule(tiny_llama(vocab_size=2048)), mapping_loader())
 
     begin()

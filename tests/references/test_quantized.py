@@ -106,7 +106,7 @@ def test_a_fit_begins_with_the_divergence_of_the_rounding_and_resumes_bit_for_bi
     tiny_llama: Make, tmp_path: Path, save: Any
 ) -> None:
     def fit(checkpoint: Path | None = None) -> tuple[Losses, nn.Module]:
-        replay = Losses(reference=Copy(quantize="int8", save=save), refill_rows=8, seed=0)
+        replay = Losses(reference=Copy(quantize="int8", save=save), replay_fraction=0.2, refill_rows=8, seed=0)
         saver = ModelCheckpoint(tmp_path / str(checkpoint is None), "{step}", every_n_train_steps=2)
         trainer = quiet_trainer(max_steps=3, callbacks=[replay, saver], enable_checkpointing=True)
         module = UserModule(tiny_llama())
