@@ -1,0 +1,294 @@
+"""What replay keeps for what it costs: few replay rows, used several times, in larger batches, shorter, and so on.
+
+    python examples/paper/frontier.py --model DIR --prior known.txt --new new.txt \
+        --other another.jsonl --other-column question answer
+    python examples/paper/frontier.py ... --time   # when these runs are done, and nothing else uses the processor
+
+Finetunes on the new text, on the other text, and five times longer on the new text with a learning rate that falls to
+zero. The second command measures how long a short fit of each arm takes, in turn; the first one's table and picture
+then have these times. All in all an hour and a half on two cores for a model of 650,000 parameters, ten minutes of
+them for `--time`.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean, median
+from typing import Any
+
+from arms import PLAIN, Arm, at_one_loss, removed
+from experiments import Lab, Report, cell, count, main, table, write_csv
+from matplotlib.figure import Figure
+from runs import Finetuning, Point, Trajectory, forgetting
+
+from lightning_replay import KL
+from lightning_replay.report.plots import Look
+
+TIMED_STEPS, ROUNDS = 48, 3
+FRACTIONS, USES = (0.2, 0.1, 0.05), (1, 4, 16)
+
+
+def spent(fraction: float, uses: int, coefficient: float = 10.0, **options: Any) -> Arm:
+    """Replay of a share of rows, each used so often."""
+    replay = {"loss": "kl", "coefficient": coefficient, "uses_per_sample": uses, **options}
+    return Arm(replay, changes={"replay_fraction": fraction})
+
+
+def all_arms(length: int) -> dict[str, Arm]:
+    """What is compared, for new rows of a length."""
+    return {
+        PLAIN: Arm(),
+        **{
+            f"{fraction:g}, {count([None] * uses, 'use')}": spent(fraction, uses)
+            for fraction in FRACTIONS
+            for uses in USES
+        },
+        "0.05, 4 uses, × 20": spent(0.05, 4, 20.0),
+        "0.1, 4 uses, half rows": spent(0.1, 4, sequence_length=length // 2),
+        "0.1, 4 uses, cached": spent(0.1, 4, reference="cached"),
+        "0.1, 4 uses, next-token × 1": spent(0.1, 4, 1.0, loss="ntp"),
+        "0.1, 4 uses, refills of 32": spent(0.1, 4, refill_rows=32),
+        "0.1, 4 uses, temperature 2": spent(0.1, 4, 40.0, loss=KL(temperature=2.0)),  # the same curvature
+        "0.05, 4 uses, × 3": spent(0.05, 4, 3.0),
+    }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text to finetune on.
+
+    Attributes:
+        name: In tables and pictures.
+        names: Of the arms that are compared.
+        changes: What is different for all of them.
+    """
+
+    name: str
+    names: Sequence[str]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, lab: Lab, name: str, seed: int) -> Finetuning:
+        """The run of an arm with a seed."""
+        run = replace(all_arms(lab.scale.length)[name].run(lab, seed), **self.changes)
+        # An arm is compared where it ends, as a rule, and plain finetuning anywhere on its way.
+        return replace(run, every=max(1, run.steps // 8) if name == PLAIN else run.steps)
+
+
+TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 4 uses", "0.1, 4 uses, half rows")
+FEW = (PLAIN, "0.1, 4 uses", "0.05, 4 uses", "0.2, 1 use")
+
+
+def all_pairs(lab: Lab) -> list[Pair]:
+    """The texts, from the one with all arms to the one with few."""
+    longer = 5 * lab.scale.steps
+    return [
+        Pair("Spanish", list(all_arms(lab.scale.length))),
+        Pair("mathematics", TELLING, {"new": lab.other}),
+        Pair(f"Spanish, {longer:,} steps, cosine", FEW, {"steps": longer, "schedule": "cosine"}),
+    ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an arm kept of the prior text in the runs of a pair, and what it took.
+
+    Attributes:
+        pair: The text that it was finetuned on.
+        arm: Its name.
+        settings: A finetuning of the arm.
+        runs: What was measured, a run for each seed.
+        plain: The same without replay.
+        times: Of short fits in rounds of all arms, as ``measured_times`` returns them; none if not measured.
+    """
+
+    pair: str
+    arm: str
+    settings: Finetuning
+    runs: Sequence[Trajectory]
+    plain: Sequence[Trajectory]
+    times: Sequence[Mapping[str, float]]
+
+    @property
+    def removed(self) -> list[float]:
+        """For each seed, the share of plain finetuning's forgetting that is gone, at the same new-task loss."""
+        return removed(self.runs, self.plain)
+
+    @property
+    def replay_tokens(self) -> float:
+        """Tokens in replay rows for each step."""
+        options, fraction = self.settings.replay or {}, self.settings.replay_fraction
+        length = options.get("sequence_length", self.settings.length)
+        return self.settings.rows * fraction / (1 - fraction) * length if options else 0.0
+
+    @property
+    def short(self) -> list[float]:
+        """Time of the short fit of each round over that of plain finetuning, sampling included."""
+        return [time["seconds"] / time["plain_seconds"] for time in self.times]
+
+    @property
+    def long(self) -> list[float]:
+        """The same for the runs of this pair, which sample fewer rows a step than a short fit with the same settings.
+
+        A step's time is that of a step of the short fit, and a row's that of sampling a row in it.
+        """
+        rows = self.runs[0][-1].sampled_rows / self.settings.steps
+        return [
+            (
+                (time["seconds"] - time["sampling_seconds"]) / time["steps"]
+                + time["sampling_seconds"] / max(1.0, time["sampled_rows"]) * rows
+            )
+            / (time["plain_seconds"] / time["steps"])
+            for time in self.times
+        ]
+
+    def lines(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """A line for each seed, for a CSV file."""
+        pairs = at_one_loss(self.runs, self.plain)
+        return [
+            {
+                "pair": self.pair,
+                "arm": self.arm,
+                "seed": seed,
+                "replay_tokens_a_step": round(self.replay_tokens, 1),
+                "sampled_rows": run[-1].sampled_rows,
+                "new_loss": run[-1].new_loss,
+                "forgetting": forgetting(run),
+                "forgetting_at_one_loss": ours,
+                "plain_forgetting_at_one_loss": theirs,
+                "removed": 1 - ours / theirs,
+            }
+            for seed, run, (ours, theirs) in zip(seeds, self.runs, pairs, strict=True)
+        ]
+
+    def cells(self) -> list[str]:
+        """Its line of the table."""
+        return [
+            self.arm,
+            f"{self.replay_tokens:.0f}",
+            f"{mean(run[-1].sampled_rows for run in self.runs):.0f}",
+            cell([run[-1].new_loss for run in self.runs], ".2f"),
+            cell([forgetting(run) for run in self.runs]),
+            "" if self.arm == PLAIN else cell(self.removed, ".1%"),
+            *(extremes(times) if times else "" for times in (self.long, self.short)),
+        ]
+
+
+def frontier(lab: Lab) -> Report:
+    """Compare what the arms keep, and what they cost."""
+    pairs, arms = all_pairs(lab), all_arms(lab.scale.length)
+    keys = [(pair, name, seed) for seed in lab.seeds for pair in pairs for name in pair.names]
+    settings = [pair.run(lab, name, seed) for pair, name, seed in keys]
+    done = {
+        (pair.name, name, seed): run for (pair, name, seed), run in zip(keys, lab.trajectories(settings), strict=True)
+    }
+    file = lab.folder / "frontier_times.csv"
+    if lab.time:
+        write_csv(file, measured_times(lab, arms))
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    if file.exists():
+        with file.open() as lines:
+            for line in csv.DictReader(lines):
+                times.get(line.pop("arm"), []).append({key: float(value) for key, value in line.items()})
+
+    def result(pair: Pair, name: str) -> Result:
+        runs, plain = ([done[pair.name, arm, seed] for seed in lab.seeds] for arm in (name, PLAIN))
+        return Result(pair.name, name, pair.run(lab, name, lab.seeds[0]), runs, plain, times[name])
+
+    results = {pair.name: [result(pair, name) for name in pair.names] for pair in pairs}
+
+    def draw(figure: Figure) -> None:
+        for axis, (pair, found) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+            draw_pair(axis, [one for one in found if one.arm != PLAIN])
+            axis.set_title(pair)
+        figure.axes[0].set_ylabel("share of forgetting removed, at the same new-task loss")
+
+    return Report(
+        claim="Most of what replay keeps costs little",
+        experiment=f"{len(arms)} arms, {len(pairs)} texts, {count(lab.seeds, 'seed')}",
+        paper="",
+        ours="below",
+        details="\n\n".join(f"{pair}:\n\n{table_of(found)}" for pair, found in results.items()),
+        rows=[line for found in results.values() for one in found for line in one.lines(lab.seeds)],
+        draw=draw,
+        size=(15.0, 6.0),
+    )
+
+
+def measured_times(lab: Lab, arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
+    """Time short fits of all arms in rounds: each arm once, then each arm again, sampling included.
+
+    The first round, of few steps, is not counted. Arms that do the same work are measured once.
+    """
+    steps, rounds = (TIMED_STEPS, ROUNDS) if lab.scale.steps >= TIMED_STEPS else (2, 1)
+    work: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        work.setdefault(work_of(arm), []).append(name)
+    found = []
+    for number in range(rounds + 1):
+        for names in work.values():
+            run = arms[names[0]].run(lab, number)
+            # Measured in the beginning and at the end alone.
+            run = replace(run, steps=steps if number else 2, every=5 * steps, held_out=lab.scale.rows)
+            point = Point(**run.run(lab.folder)["points"][-1])
+            if names[0] == PLAIN:
+                plain = point.seconds
+            if number:
+                found += [
+                    {
+                        "arm": name,
+                        "round": number,
+                        "steps": steps,
+                        "seconds": point.seconds,
+                        "plain_seconds": plain,
+                        "sampling_seconds": point.sampling_seconds,
+                        "sampled_rows": point.sampled_rows,
+                    }
+                    for name in names
+                ]
+        print(f"timed: round {number} of {rounds}", flush=True)
+    return found
+
+
+def work_of(arm: Arm) -> str:
+    """What an arm's time depends on: all but the coefficient and the temperature."""
+    options = dict(arm.replay or {}, coefficient=0)
+    if isinstance(options.get("loss"), KL):
+        options["loss"] = "kl"
+    return repr(asdict(replace(arm, replay=options if arm.replay else None)))
+
+
+def extremes(values: Sequence[float]) -> str:
+    """The median of some ratios, and the least and the largest."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table_of(results: Sequence[Result]) -> str:
+    """The table of a pair."""
+    header = ["arm", "replay tokens a step", "rows sampled", "new-task loss", "forgetting", "removed"]
+    header += ["time ÷ plain", f"of {TIMED_STEPS} steps"]
+    return table(header, [result.cells() for result in results])
+
+
+def draw_pair(axis: Any, results: Sequence[Result]) -> None:
+    """Draw what each arm keeps over its time, and a line through those that no other arm beats in both.
+
+    As long as no times are measured, over its replay tokens.
+    """
+    places = []
+    for one in results:
+        x = median(one.long) if one.times else one.replay_tokens
+        y, low, high = mean(one.removed), min(one.removed), max(one.removed)
+        places.append((x, y))
+        axis.errorbar(x, y, [[y - low], [high - y]], marker="o", markersize=4, color=Look.of(0).color, linewidth=0.8)
+        axis.annotate(one.arm, (x, y), (4, 3), textcoords="offset points", fontsize=6)
+    best = [
+        (x, y) for x, y in sorted(places) if all(y > other for at, other in places if at <= x and (at, other) != (x, y))
+    ]
+    axis.plot(*zip(*best, strict=True), zorder=0, **Look.of(1).line())
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    timed = any(one.times for one in results)
+    axis.set_xlabel("time of a run ÷ without replay" if timed else "replay tokens a step")
+
+
+if __name__ == "__main__":
+    main({"frontier": frontier}, __doc__)
