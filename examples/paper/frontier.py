@@ -43,13 +43,19 @@ def all_arms(length: int) -> dict[str, Arm]:
             for fraction in FRACTIONS
             for uses in USES
         },
-        "0.05, 4 uses, × 20": spent(0.05, 4, 20.0),
+        "0.05, 2 uses": spent(0.05, 2),
+        "0.1, 4 uses, every 2 steps": spent(0.1, 4, every_n_steps=2),
+        "0.1, 4 uses, every 4 steps": spent(0.1, 4, every_n_steps=4),
+        "0.05, 1 use, every 4 steps": spent(0.05, 1, every_n_steps=4),
         "0.1, 4 uses, half rows": spent(0.1, 4, sequence_length=length // 2),
+        "0.1, 1 use, half rows": spent(0.1, 1, sequence_length=length // 2),
+        "0.05, 4 uses, × 20": spent(0.05, 4, 20.0),
+        "0.05, 4 uses, × 3": spent(0.05, 4, 3.0),
+        "0.05, 1 use, × 3": spent(0.05, 1, 3.0),
         "0.1, 4 uses, cached": spent(0.1, 4, reference="cached"),
-        "0.1, 4 uses, next-token × 1": spent(0.1, 4, 1.0, loss="ntp"),
         "0.1, 4 uses, refills of 32": spent(0.1, 4, refill_rows=32),
         "0.1, 4 uses, temperature 2": spent(0.1, 4, 40.0, loss=KL(temperature=2.0)),  # the same curvature
-        "0.05, 4 uses, × 3": spent(0.05, 4, 3.0),
+        "0.1, 4 uses, next-token × 1": spent(0.1, 4, 1.0, loss="ntp"),
     }
 
 
@@ -74,8 +80,8 @@ class Pair:
         return replace(run, every=max(1, run.steps // 8) if name == PLAIN else run.steps)
 
 
-TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 4 uses", "0.1, 4 uses, half rows")
-FEW = (PLAIN, "0.1, 4 uses", "0.05, 4 uses", "0.2, 1 use")
+TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 1 use", "0.05, 4 uses", "0.1, 4 uses, half rows")
+FEW = (PLAIN, "0.05, 4 uses", "0.1, 4 uses", "0.05, 1 use")
 
 
 def all_pairs(lab: Lab) -> list[Pair]:
