@@ -19,7 +19,8 @@ from typing import Any
 from arms import PLAIN, Arm, at_one_loss, removed
 from experiments import Lab, Report, cell, count, main, table, write_csv
 from matplotlib.figure import Figure
-from runs import Finetuning, Point, Trajectory, forgetting
+from matplotlib.ticker import PercentFormatter
+from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting
 
 from lightning_replay import KL
 from lightning_replay.report.plots import Look
@@ -43,6 +44,7 @@ def all_arms(length: int) -> dict[str, Arm]:
             for fraction in FRACTIONS
             for uses in USES
         },
+        "0.1, 2 uses": spent(0.1, 2),
         "0.05, 2 uses": spent(0.05, 2),
         "0.1, 4 uses, every 2 steps": spent(0.1, 4, every_n_steps=2),
         "0.1, 4 uses, every 4 steps": spent(0.1, 4, every_n_steps=4),
@@ -104,6 +106,7 @@ class Result:
         settings: A finetuning of the arm.
         runs: What was measured, a run for each seed.
         plain: The same without replay.
+        level: A new-task loss that all arms of the pair reach.
         times: Of short fits in rounds of all arms, as ``measured_times`` returns them; none if not measured.
     """
 
@@ -112,12 +115,24 @@ class Result:
     settings: Finetuning
     runs: Sequence[Trajectory]
     plain: Sequence[Trajectory]
+    level: float
     times: Sequence[Mapping[str, float]]
 
     @property
     def removed(self) -> list[float]:
         """For each seed, the share of plain finetuning's forgetting that is gone, at the same new-task loss."""
         return removed(self.runs, self.plain)
+
+    @property
+    def removed_there(self) -> list[float]:
+        """The same at the loss that all arms reach."""
+        pairs = zip(self.runs, self.plain, strict=True)
+        return [1 - forgetting(ours, self.level) / forgetting(theirs, self.level) for ours, theirs in pairs]
+
+    @property
+    def steps(self) -> list[float]:
+        """Steps of each run to the loss that all arms reach."""
+        return [at_new_loss(run, self.level, "step") for run in self.runs]
 
     @property
     def replay_tokens(self) -> float:
@@ -147,6 +162,12 @@ class Result:
             for time in self.times
         ]
 
+    @property
+    def to_level(self) -> list[float]:
+        """The same for the time to the loss that all arms reach."""
+        plain = mean(at_new_loss(run, self.level, "step") for run in self.plain)
+        return [ratio * mean(self.steps) / plain for ratio in self.long]
+
     def lines(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """A line for each seed, for a CSV file."""
         pairs = at_one_loss(self.runs, self.plain)
@@ -162,8 +183,13 @@ class Result:
                 "forgetting_at_one_loss": ours,
                 "plain_forgetting_at_one_loss": theirs,
                 "removed": 1 - ours / theirs,
+                "common_new_loss": self.level,
+                "steps_to_common": steps,
+                "removed_at_common": there,
             }
-            for seed, run, (ours, theirs) in zip(seeds, self.runs, pairs, strict=True)
+            for seed, run, (ours, theirs), steps, there in zip(
+                seeds, self.runs, pairs, self.steps, self.removed_there, strict=True
+            )
         ]
 
     def cells(self) -> list[str]:
@@ -175,7 +201,9 @@ class Result:
             cell([run[-1].new_loss for run in self.runs], ".2f"),
             cell([forgetting(run) for run in self.runs]),
             "" if self.arm == PLAIN else cell(self.removed, ".1%"),
-            *(extremes(times) if times else "" for times in (self.long, self.short)),
+            cell(self.steps, ".0f"),
+            "" if self.arm == PLAIN else cell(self.removed_there, ".1%"),
+            *(extremes(times) if times else "" for times in (self.long, self.to_level, self.short)),
         ]
 
 
@@ -198,15 +226,19 @@ def frontier(lab: Lab) -> Report:
 
     def result(pair: Pair, name: str) -> Result:
         runs, plain = ([done[pair.name, arm, seed] for seed in lab.seeds] for arm in (name, PLAIN))
-        return Result(pair.name, name, pair.run(lab, name, lab.seeds[0]), runs, plain, times[name])
+        level = max(min(point.new_loss for point in done[key]) for key in done if key[0] == pair.name)
+        return Result(pair.name, name, pair.run(lab, name, lab.seeds[0]), runs, plain, level, times[name])
 
     results = {pair.name: [result(pair, name) for name in pair.names] for pair in pairs}
 
     def draw(figure: Figure) -> None:
-        for axis, (pair, found) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-            draw_pair(axis, [one for one in found if one.arm != PLAIN])
-            axis.set_title(pair)
-        figure.axes[0].set_ylabel("share of forgetting removed, at the same new-task loss")
+        upper, lower = figure.subplots(2, len(results))
+        for axes, (pair, found) in zip(zip(upper, lower, strict=True), results.items(), strict=True):
+            draw_pair(axes, [one for one in found if one.arm != PLAIN])
+            axes[0].set_title(pair)
+            axes[1].set_title(f"{pair}, to a new-task loss of {found[0].level:.2f}")
+        upper[0].set_ylabel("share of forgetting removed")
+        lower[0].set_ylabel("share of forgetting removed there")
 
     return Report(
         claim="Most of what replay keeps costs little",
@@ -216,7 +248,7 @@ def frontier(lab: Lab) -> Report:
         details="\n\n".join(f"{pair}:\n\n{table_of(found)}" for pair, found in results.items()),
         rows=[line for found in results.values() for one in found for line in one.lines(lab.seeds)],
         draw=draw,
-        size=(15.0, 6.0),
+        size=(15.0, 11.0),
     )
 
 
@@ -270,30 +302,34 @@ def extremes(values: Sequence[float]) -> str:
 
 def table_of(results: Sequence[Result]) -> str:
     """The table of a pair."""
+    level = f"{results[0].level:.2f}"
     header = ["arm", "replay tokens a step", "rows sampled", "new-task loss", "forgetting", "removed"]
-    header += ["time ÷ plain", f"of {TIMED_STEPS} steps"]
+    header += [f"steps to {level}", "removed there", "time ÷ plain", f"to {level}", f"{TIMED_STEPS} steps"]
     return table(header, [result.cells() for result in results])
 
 
-def draw_pair(axis: Any, results: Sequence[Result]) -> None:
-    """Draw what each arm keeps over its time, and a line through those that no other arm beats in both.
+def draw_pair(axes: Sequence[Any], results: Sequence[Result]) -> None:
+    """Draw what each arm keeps over the time of a run, and over the time to the loss that all reach.
 
-    As long as no times are measured, over its replay tokens.
+    As long as no times are measured, over replay tokens and steps. Lines go through arms that none beats in both.
     """
-    places = []
-    for one in results:
-        x = median(one.long) if one.times else one.replay_tokens
-        y, low, high = mean(one.removed), min(one.removed), max(one.removed)
-        places.append((x, y))
-        axis.errorbar(x, y, [[y - low], [high - y]], marker="o", markersize=4, color=Look.of(0).color, linewidth=0.8)
-        axis.annotate(one.arm, (x, y), (4, 3), textcoords="offset points", fontsize=6)
-    best = [
-        (x, y) for x, y in sorted(places) if all(y > other for at, other in places if at <= x and (at, other) != (x, y))
-    ]
-    axis.plot(*zip(*best, strict=True), zorder=0, **Look.of(1).line())
-    axis.yaxis.set_major_formatter("{x:.0%}")
-    timed = any(one.times for one in results)
-    axis.set_xlabel("time of a run ÷ without replay" if timed else "replay tokens a step")
+    timed = all(one.times for one in results)
+    for axis, long in zip(axes, (True, False), strict=True):
+        places = []
+        for one in results:
+            untimed = one.replay_tokens if long else mean(one.steps)
+            x = median(one.long if long else one.to_level) if timed else untimed
+            shares = one.removed if long else one.removed_there
+            y = mean(shares)
+            places.append((x, y))
+            spread = [[y - min(shares)], [max(shares) - y]]
+            axis.errorbar(x, y, spread, marker="o", markersize=4, color=Look.of(0).color, linewidth=0.8)
+            axis.annotate(one.arm, (x, y), (4, 3), textcoords="offset points", fontsize=6)
+        places.sort()
+        best = [(x, y) for index, (x, y) in enumerate(places) if all(y > other for _, other in places[:index])]
+        axis.plot(*zip(*best, strict=True), zorder=0, **Look.of(1).line())
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        axis.set_xlabel("time ÷ without replay" if timed else "replay tokens a step" if long else "steps")
 
 
 if __name__ == "__main__":
