@@ -25,7 +25,7 @@ DEFAULT_COEFFICIENT = 10.0
 """What the replay loss is multiplied by if nothing else is asked for, as in arXiv 2605.26097."""
 
 
-def check_numbers(refill_rows: Any, uses_per_sample: Any, sequence_length: Any, seed: Any) -> None:
+def check_numbers(refill_rows: Any, uses_per_sample: Any, every_n_steps: Any, sequence_length: Any, seed: Any) -> None:
     """Refuse numbers that are out of their range.
 
     Raises:
@@ -35,6 +35,8 @@ def check_numbers(refill_rows: Any, uses_per_sample: Any, sequence_length: Any, 
         raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
     if not is_whole(uses_per_sample, 1):
         raise ValueError(f"`uses_per_sample` is at least 1; got {uses_per_sample!r}.")
+    if not is_whole(every_n_steps, 1):
+        raise ValueError(f"`every_n_steps` is a number of optimizer steps, at least 1; got {every_n_steps!r}.")
     if sequence_length is not None and not is_whole(sequence_length, 2):
         raise ValueError(f"`sequence_length` is a number of tokens, at least 2; got {sequence_length!r}.")
     if seed is not None and not is_whole(seed, 0):
@@ -93,6 +95,11 @@ def refuse_what_has_no_effect(
         raise ValueError(
             "With `loss='mixed'` the user's own loss sees the replay rows and nothing is added to it, so "
             "`coefficient` would have no effect. Leave it out."
+        )
+    if loss.rows == "batch" and others["every_n_steps"]:
+        raise ValueError(
+            "With `loss='mixed'` the user's own loss takes the mean over new and replay rows alike, so rows that join "
+            "only every n-th step would weigh less than at every step. Leave out `every_n_steps`."
         )
     if live and not loss.needs_reference and reference != reference_of("auto"):
         raise ValueError(

@@ -38,7 +38,7 @@ from lightning_replay.utilities.logging import (
 from lightning_replay.utilities.progress import heed_sigterm, refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
-__all__ = ["Fit", "SampledRows", "Supply"]
+__all__ = ["Fit", "SampledRows", "Supply", "steps_of_the_run"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
@@ -181,6 +181,13 @@ class SampledRows(RowSource):
     def forget(self) -> None:
         """Begin without rows, as if none had been sampled."""
         self.buffer = None
+
+    def prepare(self, batch: Any) -> None:
+        """Sample rows that have to last before the first step, whichever step draws the first of them."""
+        supply = self._supply
+        assert supply is not None
+        if supply.lasting and not self.buffer:
+            self._refill(supply, batch)
 
     def draw(self, rows: int, batch: Any) -> ReplayRows:
         """Draw rows; if all have been used ``uses`` times, sample new ones."""
@@ -395,16 +402,28 @@ def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
             heed_sigterm(trainer)
 
 
+def steps_of_the_run(trainer: pl.Trainer) -> int | None:
+    """The number of optimizer steps of the whole fit, if its length is known; to be asked while it trains."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    batches = float(trainer.num_training_batches)
+    in_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    total = min(in_epoch * epochs, steps)
+    return None if math.isinf(total) else int(total)
+
+
 def _rows_of_the_run(fit: Fit, batch: Any) -> int | None:
     """How many sampled rows the whole fit will draw, on all ranks, if its length is known."""
     trainer, feed = fit.trainer, fit.feed
-    batches = float(trainer.num_training_batches)
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps * trainer.accumulate_grad_batches)
-    total = min(batches * epochs, steps)
-    if math.isinf(total):
+    steps = steps_of_the_run(trainer)
+    if steps is None:
         return None
-    counts = feed.processes.gather_ints(math.ceil(total), rows_in(batch))
+    total = float(steps * trainer.accumulate_grad_batches)
+    if trainer.max_epochs not in (None, -1):
+        total = min(total, trainer.num_training_batches * float(trainer.max_epochs or 0))
+    # Rows of a last cycle of `every_n_steps` that is not completed are never drawn.
+    whole = steps - steps % feed.every_n_steps
+    counts = feed.processes.gather_ints(-(-int(total) * whole // max(1, steps)), rows_in(batch))
     new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
     real = 0.0 if fit.data is None or fit.data.prior is None else fit.data.prior_share
     return max(1, math.ceil(round(feed.share.replay_rows(new_rows) * (1 - real), 6)))

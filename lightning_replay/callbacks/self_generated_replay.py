@@ -19,7 +19,7 @@ from lightning_replay.callbacks.checks import (
     check_numbers,
     refuse_what_has_no_effect,
 )
-from lightning_replay.callbacks.refill import Fit, SampledRows
+from lightning_replay.callbacks.refill import Fit, SampledRows, steps_of_the_run
 from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
 from lightning_replay.callbacks.supply import RowSupply, Source
 from lightning_replay.callbacks.training_step import ReplayStep
@@ -56,12 +56,12 @@ class SelfGeneratedReplay(Callback):
     It works with any loader or datamodule. Wrap the data in a ``ReplayDataModule`` for what touches the data: rows that
     join the batch, real prior rows, folders of rows that were generated ahead, a buffer of your own.
 
-    Logged at every logging step: ``replay/loss`` (nats a token, without the coefficient), ``replay/coefficient``,
-    ``replay/buffer_fill``, ``replay/age`` (optimizer steps since the rows of this step were sampled), ``replay/uses``
-    (how often they have been drawn) and, as totals, ``replay/sampling_seconds``, ``replay/loss_seconds`` (without the
-    backward), ``replay/rows_sampled`` and ``replay/dropped/<filter>``. At each refill: a few samples as text, and
-    ``replay/quality/<measure>`` (see ``lightning_replay.sampling.statistics``). The arguments are hyper-parameters
-    under ``SelfGeneratedReplay/``.
+    Logged at every logging step: of the last step that had rows, ``replay/loss`` (nats a token, without the
+    coefficient), ``replay/coefficient``, ``replay/age`` (optimizer steps since its rows were sampled) and
+    ``replay/uses`` (how often they had been drawn); ``replay/buffer_fill``; and, as totals,
+    ``replay/sampling_seconds``, ``replay/loss_seconds`` (without the backward), ``replay/rows_sampled`` and
+    ``replay/dropped/<filter>``. At each refill: a few samples as text, and ``replay/quality/<measure>`` (see
+    ``lightning_replay.sampling.statistics``). The arguments are hyper-parameters under ``SelfGeneratedReplay/``.
 
     Note:
         If the replay fraction is 0, nothing is sampled, copied or wrapped, except for ``"lwf"``, which has no replay
@@ -107,6 +107,11 @@ class SelfGeneratedReplay(Callback):
             even parts of what the run uses, or all of it if rows can't be replaced. How many of them are decoded
             together depends only on memory.
         uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper.
+        every_n_steps: Replay rows go only with every so many optimizer steps: those of all steps since the last time,
+            so the same rows in fewer and larger batches. Their loss is multiplied by the number of batches that they
+            belong to, so that the gradient of a cycle of steps is the same in sum. The steps differ in size: gradient
+            clipping and adaptive optimizers see the large gradients. With gradient accumulation, all batches of such a
+            step take an equal part. Rows of a cycle that the run does not complete are left out.
         background: Whether a thread samples the next refill on one core while the model trains. It needs a frozen copy
             as the reference, and pays if a core is idle. The samples are the same.
         tokenizer: Decodes the previews and has start and end tokens. By default the datamodule's or the module's
@@ -154,6 +159,7 @@ class SelfGeneratedReplay(Callback):
         sequence_length: int | None = None,
         refill_rows: int | Literal["auto"] = "auto",
         uses_per_sample: int = 1,
+        every_n_steps: int = 1,
         background: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
@@ -163,11 +169,12 @@ class SelfGeneratedReplay(Callback):
         """The arguments as hyper-parameters: numbers and texts as they are, objects as mappings."""
 
         check_choice("source", source, Source)
-        check_numbers(refill_rows, uses_per_sample, sequence_length, seed)
+        check_numbers(refill_rows, uses_per_sample, every_n_steps, sequence_length, seed)
         self._feed = RowFeed(ReplayShare(REPLAY_FRACTION if replay_fraction is None else replay_fraction))
         self.loss = replay_loss_of(loss)
         self.source: Source = source
         self.replay_fraction = replay_fraction
+        self.every_n_steps = every_n_steps
         self.sequence_length = sequence_length
         self.tokenizer = tokenizer
         self.language_model = language_model
@@ -191,7 +198,11 @@ class SelfGeneratedReplay(Callback):
             self.reference.reference,
             source,
             sampling,
-            {"replay_fraction": replay_fraction is not None, "sequence_length": sequence_length is not None}
+            {
+                "replay_fraction": replay_fraction is not None,
+                "sequence_length": sequence_length is not None,
+                "every_n_steps": every_n_steps != 1,
+            }
             | self.rows.changed,
         )
 
@@ -200,6 +211,7 @@ class SelfGeneratedReplay(Callback):
         self._data: ReplayDataModule | None = None
         self._drawn_from: RowSource | None = None
         self._followed_step: int | None = None
+        self._of_last_rows: dict[str, float] = {}
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
         self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
@@ -213,6 +225,7 @@ class SelfGeneratedReplay(Callback):
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
+        self.step.last_loss, self._of_last_rows = None, {}
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
             pure = self.loss.pure_function
             function = f"add `lightning_replay.{pure}` to your loss" if pure else "add the loss"
@@ -259,6 +272,7 @@ class SelfGeneratedReplay(Callback):
         if self.seed is None:
             self.seed = self.feed.processes.broadcast(torch.initial_seed())
         tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        self._space_out(trainer)
         fit = Fit(trainer, model, self.feed, self._data, tokenizer, self.seed, self.previews)
         self._drawn_from, disconnect = self._supply.connect(fit)
         self._undo.append(disconnect)
@@ -291,8 +305,11 @@ class SelfGeneratedReplay(Callback):
             values |= self._drawn_from.measures()
             drawn = self.feed.drawn
             if drawn is not None and drawn.uses is not None and drawn.steps is not None:
-                values["replay/uses"] = float(drawn.uses.double().mean())
-                values["replay/age"] = trainer.global_step - float(drawn.steps.double().mean())
+                self._of_last_rows = {
+                    "replay/uses": float(drawn.uses.double().mean()),
+                    "replay/age": trainer.global_step - float(drawn.steps.double().mean()),
+                }
+            values |= self._of_last_rows
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     @override
@@ -347,7 +364,8 @@ class SelfGeneratedReplay(Callback):
         return {
             "seed": self.seed,
             "followed_step": self._followed_step,
-            "loss_seconds": self.step.seconds,
+            "of_last_rows": dict(self._of_last_rows),
+            **self.step.state_dict(),
             "share": self._feed.share.state_dict(),
             **self.rows.generator.state_dict(),
         }
@@ -356,7 +374,8 @@ class SelfGeneratedReplay(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
         self._followed_step = state_dict["followed_step"]
-        self.step.seconds = state_dict["loss_seconds"]
+        self._of_last_rows = dict(state_dict["of_last_rows"])
+        self.step.load_state_dict(state_dict)
         self._feed.share.load_state_dict(state_dict["share"])
         self.rows.generator.load_state_dict(state_dict)
 
@@ -390,6 +409,24 @@ class SelfGeneratedReplay(Callback):
                 "`trainer.fit(module, datamodule=ReplayDataModule(your_datamodule_or_loader))`."
             )
         return None
+
+    def _space_out(self, trainer: pl.Trainer) -> None:
+        """Let rows go with every n-th step only."""
+        if self.every_n_steps == 1:
+            return
+        if self.feed.share.mode == "replace":
+            raise MisconfigurationException(
+                f"`mode='replace'` keeps the size of each batch, and `every_n_steps={self.every_n_steps}` makes some "
+                "batches larger. Use `mode='append'`, or leave out `every_n_steps`."
+            )
+        steps = steps_of_the_run(trainer)
+        if steps is not None and steps < self.every_n_steps:
+            raise MisconfigurationException(
+                f"With `every_n_steps={self.every_n_steps}` no replay row would join this run of {steps} optimizer "
+                "steps. Use a smaller number."
+            )
+        self.feed.every_n_steps = self.every_n_steps
+        self._undo.append(functools.partial(setattr, self.feed, "every_n_steps", 1))
 
     def _wrap_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None

@@ -35,8 +35,8 @@ class ReplayStep:
         coefficient: The factor of the replay loss: a number, or a function of the optimizer step.
 
     Attributes:
-        last_loss: The replay loss of the last step, without the coefficient, on the rows of this rank; None before the
-            first.
+        last_loss: The replay loss of the last step that had rows, without the coefficient, on the rows of this rank;
+            None before the first.
         last_coefficient: Its factor.
         seconds: Wall-clock time of forwards and losses of replay, without the backward. It is measured on the host,
             without synchronizing the device.
@@ -88,7 +88,7 @@ class ReplayStep:
         Returns:
             A function that restores the module's step.
         """
-        original, self.last_loss = pl_module.training_step, None
+        original = pl_module.training_step
         self._heads = OutputHeads()
         if feed is not None and self.loss.takes_hidden:
             self._heads.of(model)  # so that what can be said of it is said before the first step
@@ -111,6 +111,19 @@ class ReplayStep:
         of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
         return functools.partial(_restore_training_step, pl_module, of_instance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was computed last, and the time taken so far."""
+        return {
+            "loss_seconds": self.seconds,
+            "last_loss": None if self.last_loss is None else self.last_loss.cpu(),
+            "last_coefficient": self.last_coefficient,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there."""
+        self.seconds, self.last_loss = state["loss_seconds"], state["last_loss"]
+        self.last_coefficient = state["last_coefficient"]
 
     def _on_replay_rows(
         self,

@@ -28,10 +28,12 @@ class RowFeed:
     Attributes:
         source: Where rows come from; None if there are no rows.
         joins_batch: Whether drawn rows join the user's batch. If not, the callback sees to their own forward.
+        every_n_steps: Rows go only with the batches of every so many optimizer steps: those of all steps since the last
+            time, divided evenly among the batches of the step.
         drawn: This rank's replay rows of the batch that was last made ready for training, on the CPU; None if it has
             none.
         weight: What to multiply the mean loss on ``drawn`` by, so that the average over all ranks is the mean over the
-            target tokens of all.
+            target tokens of all, times the number of batches that the rows belong to.
         new_tokens: Tokens of new rows in this fit, padding included, on all ranks; 0 for batches of an unknown kind.
         replay_tokens: Tokens of replay rows in this fit, on all ranks.
         processes: The processes of the fit.
@@ -41,11 +43,13 @@ class RowFeed:
         self.share = share
         self.source: RowSource | None = None
         self.joins_batch = True
+        self.every_n_steps = 1
         self.drawn: ReplayRows | None = None
         self.weight = 1.0
         self.new_tokens = 0
         self.replay_tokens = 0
         self.processes = Processes()
+        self._trainer: pl.Trainer | None = None
 
     def attach(self, source: RowSource, joins_batch: bool = False) -> Callable[[], None]:
         """Draw rows from a source.
@@ -77,12 +81,14 @@ class RowFeed:
                 "it as `training_step(batch, batch_idx)`."
             )
         self.new_tokens = self.replay_tokens = 0
+        self._trainer = trainer
+        self.share.drop_held()  # of a fit before, which ended between two times
         if self.share.fraction:
             self.processes = Processes.of(trainer)
 
     def end(self) -> None:
         """Leave the fit."""
-        self.drawn = None
+        self.drawn = self._trainer = None
         self.processes.close()
         self.processes = Processes()
 
@@ -99,18 +105,36 @@ class RowFeed:
         self.drawn, self.weight = None, 1.0
         if not self.share.fraction or self.source is None or self.source.is_empty:
             return None
+        self.source.prepare(batch)
         rows = count(batch)
         everyone = self.processes.gather_ints(rows, token_count(batch))
-        kept, takers = self.share.deal([total for total, _ in everyone])
+        kept, takers, batches = self.share.deal([total for total, _ in everyone], self._carriers())
         self.new_tokens += sum(
             tokens * stay // total for stay, (total, tokens) in zip(kept, everyone, strict=True) if total
         )
         if takers:
+            self.weight *= batches
             drawn = self.source.draw(len(takers), batch)
             self.replay_tokens += int(drawn.lengths.sum())
             self.drawn = self._own(drawn, takers)
         stays = kept[self.processes.rank]
         return stays if stays < rows else None
+
+    def _carriers(self) -> int:
+        """How many batches, from the next one on, replay rows go with in this optimizer step; 0 for a step without."""
+        if self.every_n_steps == 1:
+            return 1
+        trainer = self._trainer
+        assert trainer is not None
+        if (trainer.global_step + 1) % self.every_n_steps:
+            return 0
+        # Not `ready`: this runs before or after Lightning counts the batch, with and without a datamodule of ours.
+        done, accumulated = (
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+            trainer.accumulate_grad_batches,
+        )
+        left = accumulated - done % accumulated
+        return int(min(left, max(1, trainer.num_training_batches - done)))  # an epoch's last step may have fewer
 
     def _own(self, rows: ReplayRows, takers: list[int]) -> ReplayRows | None:
         """Those of the rows drawn for all ranks that are this one's, if any."""
@@ -118,7 +142,7 @@ class RowFeed:
             return rows
         own = torch.tensor(takers) == self.processes.rank
         targets = rows.targets_mask.sum(1)
-        self.weight = self.processes.size * int(targets[own].sum()) / max(1, int(targets.sum()))
+        self.weight *= self.processes.size * int(targets[own].sum()) / max(1, int(targets.sum()))
         if not own.any():
             if self.joins_batch or not self.processes.lockstep:
                 return None

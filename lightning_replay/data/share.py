@@ -1,5 +1,6 @@
 """How many replay rows go with a batch of new rows, and which rank takes each of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -21,11 +22,13 @@ class Deal(NamedTuple):
 
     Attributes:
         kept: Number of new rows that each rank keeps, by rank.
-        takers: The rank that takes each of the replay rows owed.
+        takers: The rank that takes each of the replay rows that join now.
+        batches: Number of batches that owed these rows.
     """
 
     kept: list[int]
     takers: list[int]
+    batches: int
 
 
 class ReplayShare:
@@ -59,12 +62,15 @@ class ReplayShare:
         self._share = Fraction(float(fraction)).limit_denominator(1_000_000)
         self._new_rows = 0
         self._replay_rows = 0
+        self._held: list[int] = []
 
-    def deal(self, totals: Sequence[int]) -> Deal:
+    def deal(self, totals: Sequence[int], carriers: int = 1) -> Deal:
         """Decide on the next batch.
 
         Args:
             totals: Number of new rows in the batch of each rank.
+            carriers: Number of batches, from this one on, that what is owed so far is divided among, in whole batches'
+                worth. 0: nothing joins this batch, and what it owes is held for a later one.
 
         Raises:
             MisconfigurationException: If ``mode="replace"`` and a rank has fewer than two new rows.
@@ -74,7 +80,8 @@ class ReplayShare:
             self._new_rows += total
             owed = int(self._new_rows * self._share / (1 - self._share)) - self._replay_rows
             self._replay_rows += owed
-            return Deal(list(totals), _dealt(owed, [owed] * len(totals)))
+            joining, batches = self._due(owed, carriers)
+            return Deal(list(totals), _dealt(joining, [joining] * len(totals)), batches)
         if min(totals) < 2:
             raise MisconfigurationException(
                 "`mode='replace'` puts replay rows in the place of new ones, but this batch has a single row. Use "
@@ -85,19 +92,31 @@ class ReplayShare:
         self._new_rows += total - owed
         self._replay_rows += owed
         takers = _dealt(owed, [count - 1 for count in totals])
-        return Deal([count - takers.count(rank) for rank, count in enumerate(totals)], takers)
+        return Deal([count - takers.count(rank) for rank, count in enumerate(totals)], takers, int(owed > 0))
 
     def replay_rows(self, rows: int) -> float:
         """Number of replay rows that go with so many rows of the user's loader, on average."""
         return rows * (self.fraction / (1 - self.fraction) if self.mode == "append" else self.fraction)
 
-    def state_dict(self) -> dict[str, int]:
-        """Rows seen and dealt so far."""
-        return {"new_rows": self._new_rows, "replay_rows": self._replay_rows}
+    def drop_held(self) -> None:
+        """Forget rows that are owed and have not joined a batch."""
+        self._held = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows seen and owed so far, and for each batch whose rows have not joined yet how many these are."""
+        return {"new_rows": self._new_rows, "replay_rows": self._replay_rows, "held": list(self._held)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
-        self._new_rows, self._replay_rows = state["new_rows"], state["replay_rows"]
+        self._new_rows, self._replay_rows, self._held = state["new_rows"], state["replay_rows"], list(state["held"])
+
+    def _due(self, owed: int, carriers: int) -> tuple[int, int]:
+        """How many rows join a batch that owes some itself, and how many batches owed them."""
+        if owed:
+            self._held.append(owed)
+        batches = math.ceil(len(self._held) / carriers) if carriers else 0
+        due, self._held = self._held[:batches], self._held[batches:]
+        return sum(due), batches
 
 
 def _dealt(rows: int, room: Sequence[int]) -> list[int]:

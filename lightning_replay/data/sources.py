@@ -23,6 +23,9 @@ class RowSource(ABC):
         """Whether there are no rows to draw and never will be; batches then stay unchanged."""
         return False
 
+    def prepare(self, batch: Any) -> None:  # noqa: B027
+        """Make ready what can't wait for the first draw; called before each batch. By default, do nothing."""
+
     @abstractmethod
     def draw(self, rows: int, batch: Any) -> ReplayRows:
         """Draw rows.
@@ -151,6 +154,11 @@ class MixedRows(RowSource):
     def is_empty(self) -> bool:
         """Whether both are empty."""
         return self.prior.is_empty and (self.other is None or self.other.is_empty)
+
+    def prepare(self, batch: Any) -> None:
+        """Make the other source ready, if it will be drawn from."""
+        if self.other is not None and self._share < 1:
+            self.other.prepare(batch)
 
     def draw(self, rows: int, batch: Any) -> ReplayRows:
         """Draw from both."""

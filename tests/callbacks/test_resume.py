@@ -48,6 +48,10 @@ RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
     "lwf, adapter": (4, job(loss="lwf", lora=True)),
     "lwf, ema": (8, job(loss="lwf", reference=["EMA", {"decay": 0.5}])),
     "accumulation": (4, job(accumulate=2, steps=8)),
+    "every third step": (4, job(every_n_steps=3, uses_per_sample=2)),
+    "every fifth step": (6, job(every_n_steps=5, refill_rows=12)),
+    "every third step, callback alone": (4, job(every_n_steps=3, alone=True, replay_fraction=0.05)),
+    "every third step, accumulation": (4, job(every_n_steps=3, accumulate=2, steps=8, refill_rows=24)),
     "replace": (6, job(data={"mode": "replace", "replay_fraction": 0.25})),
 }
 

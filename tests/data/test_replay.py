@@ -215,7 +215,7 @@ def test_the_share_is_exact_in_the_long_run_whatever_the_processes(
     share = ReplayShare(float(fraction), mode)
     new = replay = 0
     for batches in sizes:
-        kept, takers = share.deal(batches)
+        kept, takers, _ = share.deal(batches)
         added = [takers.count(rank) for rank in range(len(batches))]
         assert sum(added) == len(takers)
         for size, stays, joins in zip(batches, kept, added, strict=True):

@@ -11,18 +11,40 @@ def test_what_a_batch_owes_in_fractions_is_carried_over() -> None:
 
 
 def test_replay_rows_are_dealt_to_the_ranks_in_turn() -> None:
-    assert ReplayShare(0.5).deal([2, 1]) == ([2, 1], [0, 1, 0])
+    assert ReplayShare(0.5).deal([2, 1]) == ([2, 1], [0, 1, 0], 1)
 
 
 def test_new_rows_give_way_and_one_stays_on_each_rank() -> None:
     share = ReplayShare(0.9, "replace")
-    assert share.deal([4, 2]) == ([1, 1], [0, 1, 0, 0])
+    assert share.deal([4, 2]) == ([1, 1], [0, 1, 0, 0], 1)
     assert share.replay_rows(10) == pytest.approx(9)
+
+
+def test_rows_held_join_later_in_whole_batches_worth() -> None:
+    share = ReplayShare(0.2)  # 1.5 rows are owed for 6 new ones
+    dealt = [share.deal([6], carriers) for carriers in (0, 0, 0, 3, 2, 1, 0, 1)]
+    # 1, 2, 1 are held; then 2, 1 and 2 are owed while three batches divide the six.
+    assert [(len(deal.takers), deal.batches) for deal in dealt] == [
+        (0, 0),
+        (0, 0),
+        (0, 0),
+        (3, 2),
+        (3, 2),
+        (3, 2),
+        (0, 0),
+        (3, 2),
+    ]
+
+
+def test_batches_that_owe_no_row_do_not_count() -> None:
+    share = ReplayShare(0.2)  # half a row is owed for 2 new ones
+    dealt = [share.deal([2], carriers) for carriers in (0, 0, 0, 1)]
+    assert [(len(deal.takers), deal.batches) for deal in dealt] == [(0, 0), (0, 0), (0, 0), (2, 2)]
 
 
 def test_a_share_goes_on_from_its_state() -> None:
     share, other = ReplayShare(0.3), ReplayShare(0.3)
     for size in (3, 5, 8):
-        share.deal([size])
+        share.deal([size], carriers=0)
     other.load_state_dict(share.state_dict())
-    assert [share.deal([7]) for _ in range(5)] == [other.deal([7]) for _ in range(5)]
+    assert [share.deal([7], 3) for _ in range(5)] == [other.deal([7], 3) for _ in range(5)]

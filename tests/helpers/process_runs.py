@@ -232,6 +232,11 @@ def callback_alone(folder: Path) -> Any:
     return fit(SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=7, replay_fraction=0.3), alone=True)
 
 
+def every_third_step(folder: Path) -> Any:
+    replay = SelfGeneratedReplay(coefficient=2.0, seed=5, refill_rows=14, every_n_steps=3, uses_per_sample=2)
+    return fit(replay, accumulate_grad_batches=2, max_epochs=-1)
+
+
 def replace(folder: Path) -> Any:
     return fit(SelfGeneratedReplay("ntp", seed=5, refill_rows=6), 0.4, data={"mode": "replace"})
 
@@ -428,6 +433,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         ntp_with_a_single_row,
         cached,
         callback_alone,
+        every_third_step,
         generated,
         replace,
         mixed,
