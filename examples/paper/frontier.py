@@ -14,7 +14,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 from arms import PLAIN, Arm, at_one_loss, removed
 from experiments import Lab, Report, cell, count, main, table, write_csv
@@ -29,7 +29,7 @@ TIMED_STEPS, ROUNDS = 48, 3
 FRACTIONS, USES = (0.2, 0.1, 0.05), (1, 4, 16)
 
 
-def spent(fraction: float, uses: int, coefficient: float = 10.0, **options: Any) -> Arm:
+def spent(fraction: float, uses: int | Literal["auto"], coefficient: float = 10.0, **options: Any) -> Arm:
     """Replay of a share of rows, each used so often."""
     replay = {"loss": "kl", "coefficient": coefficient, "uses_per_sample": uses, **options}
     return Arm(replay, changes={"replay_fraction": fraction})
@@ -46,6 +46,8 @@ def all_arms(length: int) -> dict[str, Arm]:
         },
         "0.1, 2 uses": spent(0.1, 2),
         "0.05, 2 uses": spent(0.05, 2),
+        "0.1, auto": spent(0.1, "auto"),
+        "0.05, auto": spent(0.05, "auto"),
         "0.1, 4 uses, every 2 steps": spent(0.1, 4, every_n_steps=2),
         "0.1, 4 uses, every 4 steps": spent(0.1, 4, every_n_steps=4),
         "0.05, 1 use, every 4 steps": spent(0.05, 1, every_n_steps=4),
@@ -83,7 +85,7 @@ class Pair:
 
 
 TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 1 use", "0.05, 4 uses", "0.1, 4 uses, half rows")
-FEW = (PLAIN, "0.05, 4 uses", "0.1, 4 uses", "0.05, 1 use")
+FEW = (PLAIN, "0.2, 1 use", "0.1, auto", "0.05, auto")
 
 
 def all_pairs(lab: Lab) -> list[Pair]:
