@@ -92,6 +92,8 @@ ARGUMENTS: list[tuple[type[Any], dict[str, Any], type[Exception], str]] = [
     (SelfGeneratedReplay, {"refill_rows": 2.5}, ValueError, "`refill_rows`.*got 2.5"),
     (SelfGeneratedReplay, {"refill_rows": "all"}, ValueError, "`refill_rows`.*got 'all'"),
     (SelfGeneratedReplay, {"uses_per_sample": 1.5}, ValueError, "`uses_per_sample`.*got 1.5"),
+    (SelfGeneratedReplay, {"uses_per_sample": "never"}, ValueError, "`uses_per_sample` is at least 1, or 'auto'"),
+    (SelfGeneratedReplay, {"every_n_steps": 2.5}, ValueError, "`every_n_steps`.*got 2.5"),
     (Cached, {"top_k": "64"}, ValueError, "`top_k`.*got '64'"),
     (EMA, {"decay": "slow"}, ValueError, "`decay`.*got 'slow'"),
     (SelfGeneratedReplay, {"sequence_length": 12.0}, ValueError, "`sequence_length`.*got 12.0"),

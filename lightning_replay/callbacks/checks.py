@@ -33,8 +33,8 @@ def check_numbers(refill_rows: Any, uses_per_sample: Any, every_n_steps: Any, se
     """
     if refill_rows != "auto" and not is_whole(refill_rows, 1):
         raise ValueError(f"`refill_rows` is how many rows to sample at a time, at least 1; got {refill_rows!r}.")
-    if not is_whole(uses_per_sample, 1):
-        raise ValueError(f"`uses_per_sample` is at least 1; got {uses_per_sample!r}.")
+    if uses_per_sample != "auto" and not is_whole(uses_per_sample, 1):
+        raise ValueError(f"`uses_per_sample` is at least 1, or 'auto'; got {uses_per_sample!r}.")
     if not is_whole(every_n_steps, 1):
         raise ValueError(f"`every_n_steps` is a number of optimizer steps, at least 1; got {every_n_steps!r}.")
     if sequence_length is not None and not is_whole(sequence_length, 2):

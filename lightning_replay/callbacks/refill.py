@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.reuse_gap import ReuseGap
 from lightning_replay.data.batches import row_length, rows_in
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.replay import ReplayDataModule
@@ -42,6 +43,11 @@ __all__ = ["Fit", "SampledRows", "Supply", "steps_of_the_run"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
+_FIRST_USES, _MOST_USES, _DISTINCT_ROWS = 2, 4, 128
+"""Of ``uses="auto"``: how often rows are used at first, and at most; how many different rows a run has at least before
+it uses any again."""
+_GAP_SHARE = 0.05
+"""By which share the loss on used rows may be below that on fresh ones."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 _LOOK_EVERY = 0.5
@@ -60,6 +66,7 @@ class Fit:
         feed: Draws the rows.
         data: The datamodule, if it is one that mixes.
         tokenizer: Turns samples into text; None if there is none.
+        reuse_gap: What the use of rows again has cost so far.
         seed: Seed of all samples and of the order in which they are drawn.
         previews: How many rows of each refill to log as text.
     """
@@ -69,6 +76,7 @@ class Fit:
     feed: RowFeed
     data: ReplayDataModule | None
     tokenizer: Any
+    reuse_gap: ReuseGap
     seed: int
     previews: int
 
@@ -111,7 +119,8 @@ class SampledRows(RowSource):
         rows: Rows to sample at a time. ``"auto"``: up to 256, in even parts of what the run uses, or all of it if they
             have to last.
         length: Tokens in a row; by default those of a row of the first batch.
-        uses: How often each row is used.
+        uses: How often each row is used. ``"auto"``: at first twice, but once in a run that would then have fewer than
+            128 different rows; later as the ``ReuseGap`` allows, see ``_heed``.
         top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
         temperature: Divides the logits before these log-probabilities are taken.
         background: Whether to sample the next refill in a thread while the model trains.
@@ -122,7 +131,7 @@ class SampledRows(RowSource):
         generator: RowGenerator,
         rows: int | Literal["auto"],
         length: int | None,
-        uses: int,
+        uses: int | Literal["auto"],
         top_k: int,
         temperature: float,
         background: bool,
@@ -136,6 +145,8 @@ class SampledRows(RowSource):
         self.background = background
         self.buffer: ReplayBuffer | None = None
         """The rows that are drawn from; made at the first draw unless the user gave one."""
+        self._uses_now = 0 if uses == "auto" else uses  # 0 until the run's length is known
+        self._heeded = 0
         self._given: ReplayBuffer | None = None
         self._supply: Supply | None = None
         self._failures = 0
@@ -181,6 +192,7 @@ class SampledRows(RowSource):
     def forget(self) -> None:
         """Begin without rows, as if none had been sampled."""
         self.buffer = None
+        self._uses_now, self._heeded = 0 if self.uses == "auto" else self.uses, 0
 
     def prepare(self, batch: Any) -> None:
         """Sample rows that have to last before the first step, whichever step draws the first of them."""
@@ -195,6 +207,8 @@ class SampledRows(RowSource):
         assert supply is not None
         parts: list[ReplayRows] = []
         while rows:
+            if self.uses == "auto" and self.buffer and rows > self.buffer.unused:
+                self._heed(supply)
             if not self._left(rows, supply):
                 self._refill(supply, batch)
                 assert self.buffer is not None
@@ -233,17 +247,40 @@ class SampledRows(RowSource):
     def state_dict(self) -> dict[str, Any]:
         """The sampled rows. The state of a buffer that the user gave is the datamodule's to keep."""
         own = self.buffer if self._given is None else None
-        return {"buffer": None if own is None else own.state_dict()}
+        return {
+            "buffer": None if own is None else own.state_dict(),
+            "uses_now": self._uses_now,
+            "heeded": self._heeded,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the saved rows."""
         self.buffer = None if state["buffer"] is None else ReplayBuffer.from_state_dict(state["buffer"])
+        if self.uses == "auto":
+            self._uses_now, self._heeded = state["uses_now"], state["heeded"]
+
+    def _heed(self, supply: Supply) -> None:
+        """At the end of a pass, let the gap of one more refill change how often rows are used by one.
+
+        Less often if used rows are clearly learned by heart: if the gap is above twice its standard error, so that it
+        is not noise, and above a twentieth of the loss on fresh rows, so that it matters. Else more often, up to four
+        times. A refill that has been used often enough by then is replaced at once. Rows that are used once show no
+        gap, so that this number stays. It is the gap on the rows of the first process, for all processes.
+        """
+        gap = supply.fit.reuse_gap
+        measured = gap.value, gap.error, gap.loss, gap.refills
+        value, error, loss, refills = supply.fit.feed.processes.broadcast(measured)
+        if value is None or refills <= self._heeded:
+            return
+        self._heeded = refills
+        learned = value > max(2 * error, _GAP_SHARE * loss)
+        self._uses_now = max(1, self._uses_now - 1) if learned else min(_MOST_USES, self._uses_now + 1)
 
     def _left(self, wanted: int, supply: Supply) -> int:
         """How many of the rows wanted the buffer has to give."""
         if not self.buffer:
             return 0
-        return wanted if supply.lasting else self.buffer.left(self.uses)
+        return wanted if supply.lasting else self.buffer.left(self._uses_now)
 
     def _refill(self, supply: Supply, batch: Any) -> None:
         """Put new rows in the place of the used ones."""
@@ -251,7 +288,7 @@ class SampledRows(RowSource):
         if self.buffer is None:
             self.buffer = self._new_buffer(supply, batch)
         buffer = self.buffer
-        rows = buffer.capacity if supply.lasting else min(buffer.capacity, self._refill_rows(supply, batch))
+        rows = buffer.capacity if self._given is None else min(buffer.capacity, self._refill_rows(supply, batch))
         if supply.lasting and supply.trained_by is not None:
             raise MisconfigurationException(
                 "`reference='cached'` samples all rows before the first step, and the model that they come from is "
@@ -360,12 +397,16 @@ class SampledRows(RowSource):
 
     def _refill_rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""
+        used = None
+        if self.rows == "auto" or not self._uses_now:
+            used = _rows_of_the_run(supply.fit, batch)
+        if not self._uses_now:
+            self._uses_now = 1 if used is not None and used < _FIRST_USES * _DISTINCT_ROWS else _FIRST_USES
         if self.rows != "auto":
             return self.rows
-        used = _rows_of_the_run(supply.fit, batch)
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
-        needed = math.ceil(used / self.uses)
+        needed = math.ceil(used / self._uses_now)
         if supply.lasting:
             return needed
         # In even parts, so that the last refill is not sampled for only a few steps.

@@ -58,7 +58,9 @@ class SelfGeneratedReplay(Callback):
 
     Logged at every logging step: of the last step that had rows, ``replay/loss`` (nats a token, without the
     coefficient), ``replay/coefficient``, ``replay/age`` (optimizer steps since its rows were sampled) and
-    ``replay/uses`` (how often they had been drawn); ``replay/buffer_fill``; and, as totals,
+    ``replay/uses`` (how often they had been drawn); ``replay/buffer_fill``; ``replay/reuse_gap``, if rows are used
+    again (how much lower the replay loss is on them than on rows drawn for the first time, in nats a token, as
+    ``ReuseGap`` describes; above 0 if rows are learned by heart); and, as totals,
     ``replay/sampling_seconds``, ``replay/loss_seconds`` (without the backward), ``replay/rows_sampled`` and
     ``replay/dropped/<filter>``. At each refill: a few samples as text, and ``replay/quality/<measure>`` (see
     ``lightning_replay.sampling.statistics``). The arguments are hyper-parameters under ``SelfGeneratedReplay/``.
@@ -106,7 +108,11 @@ class SelfGeneratedReplay(Callback):
         refill_rows: Rows to sample at a time. Larger refills sample faster, up to 256 rows. ``"auto"``: up to 256, in
             even parts of what the run uses, or all of it if rows can't be replaced. How many of them are decoded
             together depends only on memory.
-        uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper.
+        uses_per_sample: How often a row is drawn before it is replaced; 1 in the paper. ``"auto"``: at first
+            twice, or once in a run that would then have fewer than 128 different rows. Then the gap of each refill,
+            ``replay/reuse_gap``, changes the number by one: less if it is above twice its standard error and 5% of the
+            replay loss, else more, up to 4; at 1 there is no gap, and the number stays. So it does if rows can't be
+            replaced (``"cached"``), with real prior rows and with ``"mixed"``. Rows of a folder are drawn once.
         every_n_steps: Replay rows go only with every so many optimizer steps: those of all steps since the last time,
             so the same rows in fewer and larger batches. Their loss is multiplied by the number of batches that they
             belong to, so that the gradient of a cycle of steps is the same in sum. The steps differ in size: gradient
@@ -158,7 +164,7 @@ class SelfGeneratedReplay(Callback):
         replay_fraction: float | None = None,
         sequence_length: int | None = None,
         refill_rows: int | Literal["auto"] = "auto",
-        uses_per_sample: int = 1,
+        uses_per_sample: int | Literal["auto"] = 1,
         every_n_steps: int = 1,
         background: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -225,7 +231,8 @@ class SelfGeneratedReplay(Callback):
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
-        self.step.last_loss, self._of_last_rows = None, {}
+        self.step.forget()
+        self._of_last_rows = {}
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
             pure = self.loss.pure_function
             function = f"add `lightning_replay.{pure}` to your loss" if pure else "add the loss"
@@ -273,7 +280,7 @@ class SelfGeneratedReplay(Callback):
             self.seed = self.feed.processes.broadcast(torch.initial_seed())
         tokenizer = find_tokenizer(self, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
         self._space_out(trainer)
-        fit = Fit(trainer, model, self.feed, self._data, tokenizer, self.seed, self.previews)
+        fit = Fit(trainer, model, self.feed, self._data, tokenizer, self.step.reuse_gap, self.seed, self.previews)
         self._drawn_from, disconnect = self._supply.connect(fit)
         self._undo.append(disconnect)
         if self.loss.rows == "replay":
@@ -310,6 +317,8 @@ class SelfGeneratedReplay(Callback):
                     "replay/age": trainer.global_step - float(drawn.steps.double().mean()),
                 }
             values |= self._of_last_rows
+        if self.step.reuse_gap.value is not None:
+            values["replay/reuse_gap"] = self.step.reuse_gap.value
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     @override
@@ -432,7 +441,10 @@ class SelfGeneratedReplay(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: LanguageModel, feed: RowFeed | None
     ) -> None:
         reference = functools.partial(self.reference.get, trainer, model)
-        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed, self.seed or 0, self.ignore_index))
+        only_sampled = feed is not None and (self._data is None or self._data.prior is None)
+        gap = self.step.reuse_gap if only_sampled else None
+        seed, ignored = self.seed or 0, self.ignore_index
+        self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed, seed, ignored, gap))
 
     def _seconds_so_far(self) -> tuple[float, float, float]:
         """Of the clock, in sampling, and in the replay loss."""

@@ -108,7 +108,8 @@ class RowSupply:
             self._cache_prior(fit, LiveModel(model) if live else self.reference.get(fit.trainer, model), shards.top_k)
         elif self.loss.needs_reference:
             self.reference.get(fit.trainer, model)
-        rows.use(self.rows.uses, log_probs=self._cached is not None)
+        # Sampled already, so there is nothing to save by using rows again.
+        rows.use(1 if self.rows.uses == "auto" else self.rows.uses, log_probs=self._cached is not None)
         return rows, self._attach(data, rows)
 
     def _attach(self, data: ReplayDataModule, rows: RowSource) -> Callable[[], None]:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.observed_targets import observed_targets
 from lightning_replay.callbacks.replay_loss import LwF, ReplayLoss
+from lightning_replay.callbacks.reuse_gap import ReuseGap
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.hooks import observed_forward
@@ -38,6 +39,7 @@ class ReplayStep:
         last_loss: The replay loss of the last step that had rows, without the coefficient, on the rows of this rank;
             None before the first.
         last_coefficient: Its factor.
+        reuse_gap: How much lower the loss is on rows that have been used before.
         seconds: Wall-clock time of forwards and losses of replay, without the backward. It is measured on the host,
             without synchronizing the device.
 
@@ -51,6 +53,7 @@ class ReplayStep:
         self.loss = loss
         self.coefficient = coefficient
         self.last_loss: Tensor | None = None
+        self.reuse_gap = ReuseGap()
         self.last_coefficient = 0.0
         self.seconds = 0.0
         self._heads = OutputHeads()
@@ -64,6 +67,7 @@ class ReplayStep:
         feed: RowFeed | None,
         seed: int,
         ignore_index: int,
+        reuse_gap: ReuseGap | None = None,
     ) -> Callable[[], None]:
         """Replace the module's step by one that adds the replay loss, as an attribute of the instance.
 
@@ -84,6 +88,7 @@ class ReplayStep:
             seed: Seed of what is random in the forward of replay rows, such as dropout. The global random state, and
                 with it the dropout of the user's own forwards, stays as it would be without replay.
             ignore_index: The label that the user's loss ignores, for a loss on the new rows.
+            reuse_gap: Takes the loss of each batch of replay rows, with the uses of the rows.
 
         Returns:
             A function that restores the module's step.
@@ -106,11 +111,18 @@ class ReplayStep:
             if loss is None:
                 return output
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
+            drawn = None if feed is None else feed.drawn
+            if reuse_gap is not None and weight and drawn is not None and drawn.uses is not None:
+                reuse_gap.observe(self.last_loss, drawn.uses)
             return _with_added_loss(output, self.last_coefficient * weight * loss)
 
         of_instance = vars(pl_module).get("training_step")
         pl_module.training_step = training_step  # type: ignore[method-assign]
         return functools.partial(_restore_training_step, pl_module, of_instance)
+
+    def forget(self) -> None:
+        """Begin as if no step had been taken, but for the time."""
+        self.last_loss, self.reuse_gap = None, ReuseGap()
 
     def state_dict(self) -> dict[str, Any]:
         """What was computed last, and the time taken so far."""
@@ -118,12 +130,14 @@ class ReplayStep:
             "loss_seconds": self.seconds,
             "last_loss": None if self.last_loss is None else self.last_loss.cpu(),
             "last_coefficient": self.last_coefficient,
+            "reuse_gap": self.reuse_gap.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
         self.seconds, self.last_loss = state["loss_seconds"], state["last_loss"]
         self.last_coefficient = state["last_coefficient"]
+        self.reuse_gap.load_state_dict(state["reuse_gap"])
 
     def _on_replay_rows(
         self,

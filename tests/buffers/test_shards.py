@@ -91,12 +91,16 @@ def test_training_on_generated_rows_is_training_on_sampled_ones_to_the_last_bit(
     assert len(data.shards.buffer) == rows
 
 
-def test_each_row_is_used_once_in_the_folder_s_order_then_again_with_a_note(folder: Path, tiny_llama: Maker) -> None:
+@pytest.mark.parametrize("uses_per_sample", [1, "auto"])
+def test_each_row_is_used_once_in_the_folder_s_order_then_again_with_a_note(
+    folder: Path, tiny_llama: Maker, uses_per_sample: Any
+) -> None:
     shards = ReplayShards(folder, read_rows=7)
     every = ReplayShards(folder).next_rows().tokens.tolist()
     uses = Uses()
+    replay = SelfGeneratedReplay("ntp", uses_per_sample=uses_per_sample)
     with pytest.warns(UserWarning, match=r"all 21 rows of .* have been used and will be used again"):
-        _, _, drawn = fit(tiny_llama(), SelfGeneratedReplay("ntp"), (uses,), buffer=shards, max_steps=16)
+        _, _, drawn = fit(tiny_llama(), replay, (uses,), buffer=shards, max_steps=16)
     assert sorted(drawn[:21]) == sorted(every)
     for start in range(0, 21, 7):
         assert sorted(drawn[start : start + 7]) == sorted(every[start : start + 7])

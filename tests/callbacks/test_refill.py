@@ -9,9 +9,17 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lightning_replay import ForgettingMonitor, ReplayBuffer, ReplayDataModule, Sampling, SelfGeneratedReplay
+from lightning_replay import (
+    ForgettingMonitor,
+    LanguageModel,
+    ReplayBuffer,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+)
 from tests.helpers.modules import DrawnRows, Rows, UserModule, mapping_loader, quiet_trainer
 
 Make = Callable[..., LlamaForCausalLM]
@@ -147,3 +155,71 @@ def test_a_buffer_takes_four_bytes_a_token_and_six_a_cached_log_probability() ->
     plain, cached = ReplayBuffer(1000, 512), ReplayBuffer(1000, 512, top_k=64)
     assert plain.nbytes / (1000 * 512) == pytest.approx(4, abs=0.05)
     assert (cached.nbytes - plain.nbytes) / (1000 * 511 * 64) == pytest.approx(6, abs=0.05)
+
+
+@pytest.mark.parametrize(("steps", "uses"), [(63, 1), (64, 2), (65, 2)])
+def test_rows_are_used_again_only_in_a_run_that_has_enough_of_them(tiny_llama: Make, steps: int, uses: int) -> None:
+    replay = SelfGeneratedReplay("ntp", uses_per_sample="auto", sampling=Sampling(sampler=random_rows, length=12))
+    _, rows, trainer, _ = run(tiny_llama(), replay, fraction=1 / 3, max_steps=steps, max_epochs=-1)
+    assert len(rows) == 4 * steps
+    _, counts = rows.unique(dim=0, return_counts=True)
+    assert counts.tolist() == [uses] * (4 * steps // uses)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 4 * steps // uses
+
+
+def random_rows(model: LanguageModel, prompts: Any, length: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(3, 32, (len(prompts), length), generator=generator)
+
+
+class Uses(L.Callback):
+    """Keeps how often the rows of each step have been drawn, and the gaps measured so far."""
+
+    def __init__(self, replay: SelfGeneratedReplay) -> None:
+        self.replay = replay
+        self.seen: list[int] = []
+        self.refills: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        drawn = self.replay.drawn
+        assert drawn is not None
+        assert drawn.uses is not None
+        self.seen.append(int(drawn.uses.max()))
+        self.refills.append(self.replay.step.reuse_gap.refills)
+
+
+def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) -> None:
+    replay = SelfGeneratedReplay(
+        "ntp",
+        100.0,
+        uses_per_sample="auto",
+        refill_rows=8,
+        seed=3,
+        sampling=Sampling(sampler=random_rows, length=12),
+    )
+    uses = Uses(replay)
+    module = UserModule(tiny_llama(), learning_rate=0.03)
+    quiet_trainer(callbacks=[replay, uses], max_steps=64, max_epochs=-1).fit(
+        module, datamodule=ReplayDataModule(mapping_loader(), 1 / 3)
+    )
+    # 256 rows allow two uses. The second refill has its gap once the third has begun.
+    assert uses.seen == [use for use in (1, 2, 1, 2, 1, 1) for _ in range(2)] + [1] * 52
+    assert uses.refills == [0] * 8 + [1] * 56
+
+
+def test_rows_that_are_not_learned_by_heart_are_used_more_often(tiny_llama: Make) -> None:
+    replay = SelfGeneratedReplay("ntp", 0.0, uses_per_sample="auto", refill_rows=8, seed=3)
+    uses = Uses(replay)
+    module = UserModule(tiny_llama(), learning_rate=0.0)
+    quiet_trainer(callbacks=[replay, uses], max_steps=64, max_epochs=-1).fit(
+        module, datamodule=ReplayDataModule(mapping_loader(), 1 / 3)
+    )
+    passes = [1, 2, 1, 2, *(1, 2, 3, 4) * 7]
+    assert uses.seen == [use for use in passes for _ in range(2)]
+    assert uses.refills[-1] == 8
+
+
+def test_rows_that_have_to_last_are_used_as_often_as_at_first(tiny_llama: Make) -> None:
+    replay = SelfGeneratedReplay(reference="cached", uses_per_sample="auto")
+    _, _, trainer, _ = run(tiny_llama(), replay, fraction=1 / 3, max_steps=64, max_epochs=-1)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 128  # 256 rows, each twice
+    assert trainer.callback_metrics["replay/uses"] == 2

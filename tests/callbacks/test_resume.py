@@ -23,6 +23,15 @@ from tests.helpers.resume_run import STEPS, last_checkpoint, run
 Make = Callable[..., LlamaForCausalLM]
 
 
+# Two uses of 64 rows, 32 in a step; the gap of the second refill takes one off at step 10.
+BY_THE_GAP: dict[str, Any] = {
+    "loss": "ntp",
+    "coefficient": 100.0,
+    "uses_per_sample": "auto",
+    "refill_rows": 64,
+    "data": {"replay_fraction": 0.8},
+    "steps": 16,
+}
 # The step after which the checkpoint was saved: step 6 is in mid-epoch, steps 4 and 8 are an epoch's end.
 RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
     "kl, copy, live": (8, job(source="live")),
@@ -49,6 +58,7 @@ RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
     "lwf, ema": (8, job(loss="lwf", reference=["EMA", {"decay": 0.5}])),
     "accumulation": (4, job(accumulate=2, steps=8)),
     "every third step": (4, job(every_n_steps=3, uses_per_sample=2)),
+    "uses by the gap": (9, job(**BY_THE_GAP)),
     "every fifth step": (6, job(every_n_steps=5, refill_rows=12)),
     "every third step, callback alone": (4, job(every_n_steps=3, alone=True, replay_fraction=0.05)),
     "every third step, accumulation": (4, job(every_n_steps=3, accumulate=2, steps=8, refill_rows=24)),

@@ -265,6 +265,9 @@ def test_a_user_s_own_command_line_takes_replay_by_class_path(tiny_llama: Any, w
     options = ["--data=lightning_replay.ReplayDataModule", "--data.data=lightning_replay.TextDataModule"]
     options += ["--data.data.data=new.txt", "--data.data.tokenizer=model", "--data.data.sequence_length=16"]
     options += ["--trainer.callbacks+=lightning_replay.SelfGeneratedReplay", "--trainer.callbacks.loss=ntp"]
+    options += ["--trainer.callbacks.uses_per_sample=auto", "--trainer.callbacks.every_n_steps=1"]
     cli = LightningCLI(Theirs, save_config_callback=None, args=["fit", *options, *QUIET, "--trainer.max_steps=1"])
     assert len(cli.model.losses) == 1
+    (replay,) = (each for each in cli.trainer.callbacks if isinstance(each, SelfGeneratedReplay))  # type: ignore[attr-defined]
+    assert (replay.hparams["uses_per_sample"], replay.hparams["every_n_steps"]) == ("auto", 1)
     assert float(cli.trainer.callback_metrics["replay/loss"]) > 0
