@@ -167,7 +167,7 @@ def test_a_single_script_compares_all_objectives(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_replay_keeps_is_compared_with_its_time(tmp_path: Path) -> None:
     command = [sys.executable, str(PAPER / "frontier.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
-    subprocess.run([*command, "--steps", "2", "--time"], check=True)
+    subprocess.run([*command, "--steps", "4", "--time"], check=True)
 
     arms = all_arms(QUICK.length)
     with (tmp_path / "frontier.csv").open() as file:
@@ -176,7 +176,7 @@ def test_what_replay_keeps_is_compared_with_its_time(tmp_path: Path) -> None:
     assert list(pairs.values()) == [list(arms), list(TELLING), list(FEW)]
     (line,) = (line for line in lines if line["pair"] == "Spanish" and line["arm"] == "0.2, 4 uses")
     assert float(line["replay_tokens_a_step"]) == QUICK.rows * 0.2 / 0.8 * QUICK.length
-    assert line["sampled_rows"] == "1"  # 4 rows in two steps, each row used 4 times
+    assert line["sampled_rows"] == "2"  # 8 rows in 4 steps, each row used 4 times
     plain, ours = (float(line[f"{name}forgetting_at_one_loss"]) for name in ("plain_", ""))
     assert float(line["removed"]) == pytest.approx(1 - ours / plain)
 

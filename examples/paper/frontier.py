@@ -85,7 +85,7 @@ class Pair:
 
 
 TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 1 use", "0.05, 4 uses", "0.1, 4 uses, half rows")
-FEW = (PLAIN, "0.2, 1 use", "0.1, auto", "0.05, auto")
+FEW = (PLAIN, "0.05, 4 uses", "0.1, 4 uses", "0.05, auto")
 
 
 def all_pairs(lab: Lab) -> list[Pair]:
@@ -259,7 +259,7 @@ def measured_times(lab: Lab, arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
 
     The first round, of few steps, is not counted. Arms that do the same work are measured once.
     """
-    steps, rounds = (TIMED_STEPS, ROUNDS) if lab.scale.steps >= TIMED_STEPS else (2, 1)
+    steps, rounds = (TIMED_STEPS, ROUNDS) if lab.scale.steps >= TIMED_STEPS else (4, 1)
     work: dict[str, list[str]] = {}
     for name, arm in arms.items():
         work.setdefault(work_of(arm), []).append(name)
@@ -268,7 +268,7 @@ def measured_times(lab: Lab, arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         for names in work.values():
             run = arms[names[0]].run(lab, number)
             # Measured in the beginning and at the end alone.
-            run = replace(run, steps=steps if number else 2, every=5 * steps, held_out=lab.scale.rows)
+            run = replace(run, steps=steps if number else 4, every=5 * steps, held_out=lab.scale.rows)
             point = Point(**run.run(lab.folder)["points"][-1])
             if names[0] == PLAIN:
                 plain = point.seconds
