@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from experiments import QUICK, cell, fill, perform
-from frontier import FEW, TELLING, all_arms
+from frontier import FEW, LONG, TELLING, all_arms
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
 
@@ -173,7 +173,7 @@ def test_what_replay_keeps_is_compared_with_its_time(tmp_path: Path) -> None:
     with (tmp_path / "frontier.csv").open() as file:
         lines = list(csv.DictReader(file))
     pairs = {pair: [line["arm"] for line in lines if line["pair"] == pair] for pair in (line["pair"] for line in lines)}
-    assert list(pairs.values()) == [list(arms), list(TELLING), list(FEW)]
+    assert list(pairs.values()) == [list(arms), list(TELLING), list(FEW), list(LONG)]
     (line,) = (line for line in lines if line["pair"] == "Spanish" and line["arm"] == "0.2, 4 uses")
     assert float(line["replay_tokens_a_step"]) == QUICK.rows * 0.2 / 0.8 * QUICK.length
     assert line["sampled_rows"] == "2"  # 8 rows in 4 steps, each row used 4 times

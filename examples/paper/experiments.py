@@ -96,6 +96,7 @@ class Lab:
         self.folder: Path = options.output
         self.model: str = options.model
         self.time: bool = options.time
+        self.finished: bool = options.finished
         self.prior = Text(options.prior, options.prior_column, options.prior_separator)
         self.new = Text(options.new, options.new_column)
         self.other = Text(options.other or options.prior, tuple(options.other_column))
@@ -155,7 +156,7 @@ class Lab:
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Do a run, or read its result if it was done before."""
-    file = folder / "runs" / f"{run.key}.json"
+    file = file_of(run, folder)
     if not file.exists():
         started = time.perf_counter()
         result = {"kind": type(run).__name__, "settings": asdict(run), **run.run(folder)}
@@ -165,6 +166,11 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     read: dict[str, Any] = json.loads(file.read_text())
     return read
+
+
+def file_of(run: Run, folder: Path) -> Path:
+    """Where the result of a run is kept."""
+    return folder / "runs" / f"{run.key}.json"
 
 
 @dataclass
@@ -259,6 +265,7 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, on one core each")
     parser.add_argument("--time", action="store_true", help="`frontier.py`: measure the time of a fit of each arm")
+    parser.add_argument("--finished", action="store_true", help="`frontier.py`: start no run, report on finished ones")
     parser.add_argument("--quick", action="store_true", help="tiny runs, which show that it works and nothing else")
     parser.add_argument("--fill", type=Path, nargs="+", default=[], help="Markdown files to put the tables into")
     options = parser.parse_args()

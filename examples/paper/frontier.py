@@ -3,9 +3,10 @@
     python examples/paper/frontier.py --model DIR --prior known.txt --new new.txt \
         --other another.jsonl --other-column question answer
     python examples/paper/frontier.py ... --time   # when these runs are done, and nothing else uses the processor
+    python examples/paper/frontier.py ... --finished   # what is known before all of them are done
 
-Finetunes on the new text, on the other text, and five times longer on the new text with a learning rate that falls to
-zero. The second command measures how long a short fit of each arm takes, in turn; the first one's table and picture
+Finetunes on the new text, on the other text, on the new text with a learning rate that falls to zero, and so five times
+longer. The second command measures how long a short fit of each arm takes, in turn; the first one's table and picture
 then have these times. All in all an hour and a half on two cores for a model of 650,000 parameters, ten minutes of
 them for `--time`.
 """
@@ -13,11 +14,12 @@ them for `--time`.
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal
 
 from arms import PLAIN, Arm, at_one_loss, removed
-from experiments import Lab, Report, cell, count, main, table, write_csv
+from experiments import Lab, Report, cell, count, file_of, main, table, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting
@@ -26,6 +28,7 @@ from lightning_replay import KL
 from lightning_replay.report.plots import Look
 
 TIMED_STEPS, ROUNDS = 48, 3
+TIMES = "frontier_times.csv"
 FRACTIONS, USES = (0.2, 0.1, 0.05), (1, 4, 16)
 
 
@@ -46,6 +49,7 @@ def all_arms(length: int) -> dict[str, Arm]:
         },
         "0.1, 2 uses": spent(0.1, 2),
         "0.05, 2 uses": spent(0.05, 2),
+        "0.07, 1 use": spent(0.07, 1),
         "0.1, auto": spent(0.1, "auto"),
         "0.05, auto": spent(0.05, "auto"),
         "0.1, 4 uses, every 2 steps": spent(0.1, 4, every_n_steps=2),
@@ -60,6 +64,7 @@ def all_arms(length: int) -> dict[str, Arm]:
         "0.1, 4 uses, refills of 32": spent(0.1, 4, refill_rows=32),
         "0.1, 4 uses, temperature 2": spent(0.1, 4, 40.0, loss=KL(temperature=2.0)),  # the same curvature
         "0.1, 4 uses, next-token × 1": spent(0.1, 4, 1.0, loss="ntp"),
+        "0.1, 1 use, next-token × 1": spent(0.1, 1, 1.0, loss="ntp"),
     }
 
 
@@ -85,7 +90,8 @@ class Pair:
 
 
 TELLING = (PLAIN, "0.2, 1 use", "0.1, 1 use", "0.1, 4 uses", "0.05, 1 use", "0.05, 4 uses", "0.1, 4 uses, half rows")
-FEW = (PLAIN, "0.05, 4 uses", "0.1, 4 uses", "0.05, auto")
+FEW = (PLAIN, "0.05, 1 use", "0.1, 2 uses")
+LONG = (PLAIN, "0.05, 4 uses", "0.1, 4 uses", "0.05, auto")
 
 
 def all_pairs(lab: Lab) -> list[Pair]:
@@ -94,7 +100,8 @@ def all_pairs(lab: Lab) -> list[Pair]:
     return [
         Pair("Spanish", list(all_arms(lab.scale.length))),
         Pair("mathematics", TELLING, {"new": lab.other}),
-        Pair(f"Spanish, {longer:,} steps, cosine", FEW, {"steps": longer, "schedule": "cosine"}),
+        Pair("Spanish, cosine", FEW, {"schedule": "cosine"}),
+        Pair(f"Spanish, {longer:,} steps, cosine", LONG, {"steps": longer, "schedule": "cosine"}),
     ]
 
 
@@ -106,6 +113,7 @@ class Result:
         pair: The text that it was finetuned on.
         arm: Its name.
         settings: A finetuning of the arm.
+        seeds: Of the runs.
         runs: What was measured, a run for each seed.
         plain: The same without replay.
         level: A new-task loss that all arms of the pair reach.
@@ -115,6 +123,7 @@ class Result:
     pair: str
     arm: str
     settings: Finetuning
+    seeds: Sequence[int]
     runs: Sequence[Trajectory]
     plain: Sequence[Trajectory]
     level: float
@@ -170,7 +179,7 @@ class Result:
         plain = mean(at_new_loss(run, self.level, "step") for run in self.plain)
         return [ratio * mean(self.steps) / plain for ratio in self.long]
 
-    def lines(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
         """A line for each seed, for a CSV file."""
         pairs = at_one_loss(self.runs, self.plain)
         return [
@@ -190,7 +199,7 @@ class Result:
                 "removed_at_common": there,
             }
             for seed, run, (ours, theirs), steps, there in zip(
-                seeds, self.runs, pairs, self.steps, self.removed_there, strict=True
+                self.seeds, self.runs, pairs, self.steps, self.removed_there, strict=True
             )
         ]
 
@@ -198,6 +207,7 @@ class Result:
         """Its line of the table."""
         return [
             self.arm,
+            str(len(self.seeds)),
             f"{self.replay_tokens:.0f}",
             f"{mean(run[-1].sampled_rows for run in self.runs):.0f}",
             cell([run[-1].new_loss for run in self.runs], ".2f"),
@@ -212,26 +222,27 @@ class Result:
 def frontier(lab: Lab) -> Report:
     """Compare what the arms keep, and what they cost."""
     pairs, arms = all_pairs(lab), all_arms(lab.scale.length)
-    keys = [(pair, name, seed) for seed in lab.seeds for pair in pairs for name in pair.names]
-    settings = [pair.run(lab, name, seed) for pair, name, seed in keys]
-    done = {
-        (pair.name, name, seed): run for (pair, name, seed), run in zip(keys, lab.trajectories(settings), strict=True)
+    runs = {
+        (pair.name, name, seed): pair.run(lab, name, seed)
+        for seed in lab.seeds
+        for pair in pairs
+        for name in pair.names
     }
-    file = lab.folder / "frontier_times.csv"
+    if lab.finished:
+        runs = {key: run for key, run in runs.items() if file_of(run, lab.folder).exists()}
+    done = dict(zip(runs, lab.trajectories(list(runs.values())), strict=True))
     if lab.time:
-        write_csv(file, measured_times(lab, arms))
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    if file.exists():
-        with file.open() as lines:
-            for line in csv.DictReader(lines):
-                times.get(line.pop("arm"), []).append({key: float(value) for key, value in line.items()})
+        write_csv(lab.folder / TIMES, measured_times(lab, arms))
+    times = read_times(lab.folder / TIMES)
 
     def result(pair: Pair, name: str) -> Result:
-        runs, plain = ([done[pair.name, arm, seed] for seed in lab.seeds] for arm in (name, PLAIN))
+        seeds = [seed for seed in lab.seeds if {(pair.name, name, seed), (pair.name, PLAIN, seed)} <= done.keys()]
+        ours, plain = ([done[pair.name, arm, seed] for seed in seeds] for arm in (name, PLAIN))
         level = max(min(point.new_loss for point in done[key]) for key in done if key[0] == pair.name)
-        return Result(pair.name, name, pair.run(lab, name, lab.seeds[0]), runs, plain, level, times[name])
+        return Result(pair.name, name, pair.run(lab, name, 0), seeds, ours, plain, level, times.get(name, []))
 
-    results = {pair.name: [result(pair, name) for name in pair.names] for pair in pairs}
+    found = {pair.name: [result(pair, name) for name in pair.names] for pair in pairs}
+    results = {pair: [one for one in arms if one.seeds] for pair, arms in found.items()}
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, len(results))
@@ -248,7 +259,7 @@ def frontier(lab: Lab) -> Report:
         paper="",
         ours="below",
         details="\n\n".join(f"{pair}:\n\n{table_of(found)}" for pair, found in results.items()),
-        rows=[line for found in results.values() for one in found for line in one.lines(lab.seeds)],
+        rows=[line for found in results.values() for one in found for line in one.lines()],
         draw=draw,
         size=(15.0, 11.0),
     )
@@ -289,6 +300,16 @@ def measured_times(lab: Lab, arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     return found
 
 
+def read_times(file: Path) -> dict[str, list[dict[str, float]]]:
+    """By arm, what ``measured_times`` has found; empty if there is no such file yet."""
+    times: dict[str, list[dict[str, float]]] = {}
+    if file.exists():
+        with file.open() as lines:
+            for line in csv.DictReader(lines):
+                times.setdefault(line.pop("arm"), []).append({key: float(value) for key, value in line.items()})
+    return times
+
+
 def work_of(arm: Arm) -> str:
     """What an arm's time depends on: all but the coefficient and the temperature."""
     options = dict(arm.replay or {}, coefficient=0)
@@ -305,7 +326,7 @@ def extremes(values: Sequence[float]) -> str:
 def table_of(results: Sequence[Result]) -> str:
     """The table of a pair."""
     level = f"{results[0].level:.2f}"
-    header = ["arm", "replay tokens a step", "rows sampled", "new-task loss", "forgetting", "removed"]
+    header = ["arm", "seeds", "replay tokens a step", "rows sampled", "new-task loss", "forgetting", "removed"]
     header += [f"steps to {level}", "removed there", "time ÷ plain", f"to {level}", f"{TIMED_STEPS} steps"]
     return table(header, [result.cells() for result in results])
 
