@@ -218,6 +218,7 @@ class SelfGeneratedReplay(Callback):
         self._drawn_from: RowSource | None = None
         self._followed_step: int | None = None
         self._of_last_rows: dict[str, float] = {}
+        self._logged: dict[str, Any] = {}
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
         self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
@@ -232,7 +233,7 @@ class SelfGeneratedReplay(Callback):
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
         self.step.forget()
-        self._of_last_rows = {}
+        self._of_last_rows, self._logged = {}, {}
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
             pure = self.loss.pure_function
             function = f"add `lightning_replay.{pure}` to your loss" if pure else "add the loss"
@@ -288,6 +289,10 @@ class SelfGeneratedReplay(Callback):
         self._follow(trainer, model)
 
     @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._logged = {}
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -319,7 +324,10 @@ class SelfGeneratedReplay(Callback):
             values |= self._of_last_rows
         if self.step.reuse_gap.value is not None:
             values["replay/reuse_gap"] = self.step.reuse_gap.value
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        # Within an epoch Lightning keeps what was logged last, and each `log` takes longer than all else in this hook.
+        changed = {key: value for key, value in values.items() if not _same(value, self._logged.get(key))}
+        self._logged |= changed
+        pl_module.log_dict(changed, on_step=True, on_epoch=False, batch_size=1)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -464,3 +472,8 @@ class SelfGeneratedReplay(Callback):
         while self._undo:
             self._undo.pop()()
         self._model = self._drawn_from = None
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are one number, or one tensor, which is not read."""
+    return value is other or (isinstance(value, float) and value == other)

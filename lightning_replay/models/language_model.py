@@ -1,6 +1,7 @@
 """The causal language model inside a LightningModule: where it is and how to call it."""
 
 import hashlib
+import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,8 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        weights = [*self.module.parameters(), *self.module.buffers()]
-        return weights[0].device if weights else torch.device("cpu")
+        first = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def takes_positions(self) -> bool:

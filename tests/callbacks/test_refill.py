@@ -192,7 +192,7 @@ def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) ->
         "ntp",
         100.0,
         uses_per_sample="auto",
-        refill_rows=8,
+        refill_rows=12,
         seed=3,
         sampling=Sampling(sampler=random_rows, length=12),
     )
@@ -202,8 +202,8 @@ def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) ->
         module, datamodule=ReplayDataModule(mapping_loader(), 1 / 3)
     )
     # 256 rows allow two uses. The second refill has its gap once the third has begun.
-    assert uses.seen == [use for use in (1, 2, 1, 2, 1, 1) for _ in range(2)] + [1] * 52
-    assert uses.refills == [0] * 8 + [1] * 56
+    assert uses.seen == [use for use in (1, 2, 1, 2) for _ in range(3)] + [1] * 52
+    assert uses.refills == [0] * 12 + [1] * 52
 
 
 def test_rows_that_are_not_learned_by_heart_are_used_more_often(tiny_llama: Make) -> None:

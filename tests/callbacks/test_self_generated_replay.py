@@ -708,3 +708,26 @@ def test_an_adapter_that_is_not_there_is_refused(tiny_llama: Make) -> None:
     with pytest.raises(MisconfigurationException, match="switches a fresh PEFT adapter off"):
         train(module, ReplayDataModule(mapping_loader(), 0.2), SelfGeneratedReplay(reference="adapter"))
     assert not module.batches
+
+
+def test_values_that_do_not_change_are_logged_at_every_step(tiny_llama: Make, tmp_path: Path) -> None:
+    class Validated(UserModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", self.loss(batch))
+
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(
+        callbacks=[SelfGeneratedReplay(replay_fraction=0.2, refill_rows=18, coefficient=3.0)],
+        logger=logger,
+        log_every_n_steps=1,
+        val_check_interval=2,
+        max_steps=9,
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Validated(tiny_llama()), mapping_loader(40), mapping_loader(16))
+    assert len(column(logger, "val/loss")) == 4  # in mid-epoch, and epochs have five steps
+    assert column(logger, "replay/coefficient") == [3.0] * 9
+    assert column(logger, "replay/rows_sampled") == [18.0] * 9
+    assert column(logger, "replay/buffer_fill") == [1.0] * 9
+    assert len(column(logger, "replay/loss")) == 9
