@@ -268,7 +268,8 @@ def frontier(lab: Lab) -> Report:
 def measured_times(lab: Lab, arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """Time short fits of all arms in rounds: each arm once, then each arm again, sampling included.
 
-    The first round, of few steps, is not counted unless there is no other. Arms that do the same work are measured once.
+    The first round, of few steps, is not counted, unless there is no other. Arms that do the same work are measured
+    once.
     """
     steps, rounds = (TIMED_STEPS, ROUNDS) if lab.scale.steps >= TIMED_STEPS else (4, 0)
     work: dict[str, list[str]] = {}
