@@ -62,6 +62,8 @@ def all_arms(length: int) -> dict[str, Arm]:
         "0.05, 1 use, × 3": spent(0.05, 1, 3.0),
         "0.1, 4 uses, cached": spent(0.1, 4, reference="cached"),
         "0.1, 4 uses, refills of 32": spent(0.1, 4, refill_rows=32),
+        "0.1, 2 uses, refills of 32": spent(0.1, 2, refill_rows=32),
+        "0.05, 2 uses, refills of 32": spent(0.05, 2, refill_rows=32),
         "0.1, 4 uses, temperature 2": spent(0.1, 4, 40.0, loss=KL(temperature=2.0)),  # the same curvature
         "0.1, 4 uses, next-token × 1": spent(0.1, 4, 1.0, loss="ntp"),
         "0.1, 1 use, next-token × 1": spent(0.1, 1, 1.0, loss="ntp"),
