@@ -251,7 +251,7 @@ def frontier(lab: Lab) -> Report:
         for axes, (pair, found) in zip(zip(upper, lower, strict=True), results.items(), strict=True):
             draw_pair(axes, [one for one in found if one.arm != PLAIN])
             axes[0].set_title(pair)
-            axes[1].set_title(f"{pair}, to a new-task loss of {found[0].level:.2f}")
+            axes[1].set_title(f"To a new-task loss of {found[0].level:.2f}")
         upper[0].set_ylabel("share of forgetting removed")
         lower[0].set_ylabel("share of forgetting removed there")
 
@@ -263,7 +263,7 @@ def frontier(lab: Lab) -> Report:
         details="\n\n".join(f"{pair}:\n\n{table_of(found)}" for pair, found in results.items()),
         rows=[line for found in results.values() for one in found for line in one.lines()],
         draw=draw,
-        size=(15.0, 11.0),
+        size=(20.0, 14.0),
     )
 
 
@@ -354,7 +354,7 @@ def draw_pair(axes: Sequence[Any], results: Sequence[Result]) -> None:
         places.sort()
         best = [(x, y) for index, (x, y) in enumerate(places) if all(y > other for _, other in places[:index])]
         axis.plot(*zip(*best, strict=True), zorder=0, **Look.of(1).line())
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_xlabel("time ÷ without replay" if timed else "replay tokens a step" if long else "steps")
 
 
