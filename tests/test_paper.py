@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from budget import Held, exchange
-from experiments import cell, fill, perform
+from experiments import QUICK, cell, fill, perform
+from frontier import FEW, LONG, TELLING, all_arms
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
 from scipy.stats import spearmanr
@@ -29,7 +30,7 @@ CLAIMS = [
 
 def trajectory(*losses: tuple[float, float]) -> Trajectory:
     """Points 10 steps apart with these new-task and prior losses."""
-    return [Point(10 * i, float(i), float(i), 0, prior, 0.0, new, 0.0) for i, (new, prior) in enumerate(losses)]
+    return [Point(10 * i, float(i), float(i), 0, prior, 0.0, new, 0.0, 0.0) for i, (new, prior) in enumerate(losses)]
 
 
 def test_a_value_at_a_new_task_loss_lies_between_the_measurements_around_it() -> None:
@@ -207,3 +208,32 @@ def test_forgetting_on_own_samples_is_compared_with_forgetting_on_prior_text(tmp
     table = [line.split(" | ") for line in (tmp_path / "self_forgetting.md").read_text().splitlines()]
     (shown,) = (cells[4] for cells in table if cells[:3] == ["| ends", "all runs", "23"])
     assert float(shown.removesuffix(" |")) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.slow
+def test_what_replay_keeps_is_compared_with_its_time(tmp_path: Path) -> None:
+    command = [sys.executable, str(PAPER / "frontier.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run([*command, "--steps", "4", "--time"], check=True)
+
+    arms = all_arms(QUICK.length)
+    with (tmp_path / "frontier.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    pairs = {pair: [line["arm"] for line in lines if line["pair"] == pair] for pair in (line["pair"] for line in lines)}
+    assert list(pairs.values()) == [list(arms), list(TELLING), list(FEW), list(LONG)]
+    (line,) = (line for line in lines if line["pair"] == "Spanish" and line["arm"] == "0.2, 4 uses")
+    assert float(line["replay_tokens_a_step"]) == QUICK.rows * 0.2 / 0.8 * QUICK.length
+    assert line["sampled_rows"] == "2"  # 8 rows in 4 steps, each row used 4 times
+    plain, ours = (float(line[f"{name}forgetting_at_one_loss"]) for name in ("plain_", ""))
+    assert float(line["removed"]) == pytest.approx(1 - ours / plain)
+
+    with (tmp_path / "frontier_times.csv").open() as file:
+        times = list(csv.DictReader(file))
+    assert sorted(time["arm"] for time in times) == sorted(arms)
+    assert all(float(time["seconds"]) > float(time["sampling_seconds"]) for time in times)
+    assert all(time["seconds"] == time["plain_seconds"] for time in times if time["arm"] == PLAIN)
+    table = [line.split(" | ") for line in (tmp_path / "frontier.md").read_text().splitlines()]
+    (cells,) = (cells for cells in table if cells[0] == "| 0.2, 4 uses")
+    (time,) = (time for time in times if time["arm"] == "0.2, 4 uses")
+    ratio = float(time["seconds"]) / float(time["plain_seconds"])
+    assert cells[-1] == f"{ratio:.2f} ({ratio:.2f} to {ratio:.2f}) |"
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

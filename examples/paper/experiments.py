@@ -101,9 +101,11 @@ class Lab:
         self.learning_rate: float = options.learning_rate
         self.folder: Path = options.output
         self.model: str = options.model
+        self.time: bool = options.time
+        self.finished: bool = options.finished
         self.prior = Text(options.prior, options.prior_column, options.prior_separator)
         self.new = Text(options.new, options.new_column)
-        self.other = Text(options.other or options.prior)
+        self.other = Text(options.other or options.prior, tuple(options.other_column))
         self._pool = pool
         self._lock = RLock()  # the callback of a run that is done at once is called while the lock is held
         self._begun: dict[str, Future[dict[str, Any]]] = {}
@@ -160,7 +162,7 @@ class Lab:
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Do a run, or read its result if it was done before."""
-    file = folder / "runs" / f"{run.key}.json"
+    file = file_of(run, folder)
     if not file.exists():
         started = time.perf_counter()
         result = {"kind": type(run).__name__, "settings": asdict(run), **run.run(folder)}
@@ -170,6 +172,11 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     read: dict[str, Any] = json.loads(file.read_text())
     return read
+
+
+def file_of(run: Run, folder: Path) -> Path:
+    """Where the result of a run is kept."""
+    return folder / "runs" / f"{run.key}.json"
 
 
 @dataclass
@@ -254,7 +261,8 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--prior-separator", help="what stands between documents in a prior .txt file")
     parser.add_argument("--new", help="text to finetune on: hub name or local file")
     parser.add_argument("--new-column", default="text", help="column of the new text")
-    parser.add_argument("--other", help="text of another kind, to replay instead of prior text")
+    parser.add_argument("--other", help="text of another kind, to replay instead of prior text or to finetune on")
+    parser.add_argument("--other-column", nargs="+", default=["text"], help="its columns")
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for all files")
     parser.add_argument("--steps", type=int, help="optimizer steps of a finetuning; by default 200")
     parser.add_argument("--every", type=int, help="steps between measurements; by default 25")
@@ -262,6 +270,8 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, on one core each")
+    parser.add_argument("--time", action="store_true", help="`frontier.py`: measure the time of a fit of each arm")
+    parser.add_argument("--finished", action="store_true", help="`frontier.py`: start no run, report on finished ones")
     parser.add_argument("--quick", action="store_true", help="tiny runs, which show that it works and nothing else")
     parser.add_argument("--fill", type=Path, nargs="+", default=[], help="Markdown files to put the tables into")
     options = parser.parse_args()
@@ -291,13 +301,18 @@ def invent(options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
 
 def write(folder: Path, name: str, report: Report) -> None:
     """A script's CSV file and picture."""
-    with atomic_write(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(report.rows[0]))
-        writer.writeheader()
-        writer.writerows(report.rows)
+    write_csv(folder / f"{name}.csv", report.rows)
     figure = Figure(figsize=report.size, layout="constrained")
     report.draw(figure)
     figure.savefig(folder / f"{name}.png", dpi=160)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of rows that have the same columns."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plain_numbers(axis: Any) -> None:

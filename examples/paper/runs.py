@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import datasets
 import lightning as L
@@ -32,7 +32,7 @@ class Text:
     """A local file or a dataset on the hub, as ``TextDataModule`` reads it."""
 
     data: str
-    column: str = "text"
+    column: str | tuple[str, ...] = "text"
     separator: str | None = None
 
 
@@ -49,6 +49,7 @@ class Point:
         prior_kl: KL divergence from the model before finetuning there, in nats a token.
         new_loss: Loss on held-out new text, in nats a token.
         new_kl: KL divergence from the model before finetuning there, in nats a token.
+        sampling_seconds: Of ``seconds``, those that sampling took.
         self_kl: The same on samples of the model's own, if the run is watched on them.
         self_error: Its standard error.
     """
@@ -61,6 +62,7 @@ class Point:
     prior_kl: float
     new_loss: float
     new_kl: float
+    sampling_seconds: float
     self_kl: float = float("nan")
     self_error: float = float("nan")
 
@@ -92,9 +94,10 @@ class Finetuning(Run):
         prior: Text that the model knows.
         new: Text to finetune on.
         seed: Of the order of the new rows, of the samples and of the weights of adapters.
-        learning_rate: AdamW's, constant.
+        learning_rate: AdamW's.
         steps: Optimizer steps at most.
         every: Steps between measurements; in the beginning, a fifth of that.
+        schedule: Of the learning rate: ``"constant"``, or ``"cosine"``, which falls to zero at the last step.
         until: The new-task loss to stop at, if any.
         replay: Arguments of ``SelfGeneratedReplay``; None for no replay. As in the paper, rows are used once.
         replayed: Text to replay instead of samples.
@@ -112,6 +115,7 @@ class Finetuning(Run):
     learning_rate: float
     steps: int
     every: int
+    schedule: Literal["constant", "cosine"] = "constant"
     until: float | None = None
     replay: Mapping[str, Any] | None = None
     replayed: Text | None = None
@@ -137,7 +141,7 @@ class Finetuning(Run):
         if self.replayed is not None:
             real = packed(self.replayed, model, self.rows, self.length).train_dataloader()
         L.seed_everything(self.seed, verbose=False)
-        module = CausalLM(self._network(model), self.learning_rate, schedule="constant")
+        module = CausalLM(self._network(model), self.learning_rate, schedule=self.schedule)
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
         recorder = Recorder(sets, self.every, "new", self.until, self_rows=self.self_rows)
         train(module, data, recorder, self.steps, replay)
@@ -314,8 +318,9 @@ class Recorder(ForgettingMonitor):
     def _record(self, trainer: L.Trainer) -> None:
         """Keep what was measured, and let the clocks go on."""
         values = trainer.callback_metrics
-        sampled = int(values.get("replay/rows_sampled", 0))
-        point = {"step": trainer.global_step, **self._trained, "sampled_rows": sampled}
+        point = {"step": trainer.global_step, **self._trained}
+        point["sampled_rows"] = int(values.get("replay/rows_sampled", 0))
+        point["sampling_seconds"] = float(values.get("replay/sampling_seconds", 0))
         for name in self.prior:
             point[f"{name}_loss"] = float(values[f"prior_loss/{name}"])
             if self.kl:
