@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting
 
-from lightning_replay import KL
+from lightning_replay import KL, Copy
 from lightning_replay.report.plots import Look
 
 TIMED_STEPS, ROUNDS = 48, 3
@@ -61,6 +61,7 @@ def all_arms(length: int) -> dict[str, Arm]:
         "0.05, 4 uses, × 3": spent(0.05, 4, 3.0),
         "0.05, 1 use, × 3": spent(0.05, 1, 3.0),
         "0.1, 4 uses, cached": spent(0.1, 4, reference="cached"),
+        "0.2, 1 use, copy in 8 bits": spent(0.2, 1, reference=Copy(quantize="int8")),
         "0.1, 4 uses, refills of 32": spent(0.1, 4, refill_rows=32),
         "0.1, 2 uses, refills of 32": spent(0.1, 2, refill_rows=32),
         "0.05, 2 uses, refills of 32": spent(0.05, 2, refill_rows=32),
