@@ -237,7 +237,7 @@ class Measures(PlainDescent):
 @pytest.mark.parametrize(
     "loss",
     [KL(), KL("reverse"), KL("jensen_shannon"), KL(temperature=2.0), NextToken(), WholeLogits()],
-    ids=str,
+    ids=["forward", "reverse", "jensen_shannon", "temperature", "next-token", "whole logits"],
 )
 def test_the_drift_is_the_forward_kl_on_rows_drawn_for_the_first_time(
     tiny_llama: Make, tmp_path: Path, loss: ReplayLoss, refill_rows: int
