@@ -68,9 +68,10 @@ class _Fetching:
         for part in module.modules():
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
-                    if tensor is None or (home := pinned.setdefault(tensor, self._pinned(tensor))) is tensor:
-                        continue
-                    held[name] = home  # type: ignore[assignment]
+                    if tensor is not None:
+                        if tensor not in pinned:  # tied weights stay tied
+                            pinned[tensor] = self._pinned(tensor)
+                        held[name] = pinned[tensor]  # type: ignore[assignment]
             if any(tensor is not None for tensor in (*part._parameters.values(), *part._buffers.values())):
                 part.register_forward_pre_hook(self._before)
                 part.register_forward_hook(self._after, always_call=True)

@@ -106,16 +106,21 @@ def load_own(
 
 
 def check_same_tokens(given: str | os.PathLike[str] | nn.Module, trainer: pl.Trainer) -> None:
-    """Refuse a folder whose tokenizer has other tokens than that of the run, as far as both are known.
+    """Refuse a folder or name whose tokenizer has other tokens than that of the run, as far as both are known.
 
     Raises:
         MisconfigurationException: With a token that differs.
     """
     holders = [*trainer.callbacks, trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
     ours = find_tokenizer(*holders)
-    if isinstance(given, nn.Module) or ours is None or not any(Path(given).glob("tokenizer*")):
+    if isinstance(given, nn.Module) or ours is None:
         return
-    theirs = AutoTokenizer.from_pretrained(given)
+    if Path(given).is_dir() and not any(Path(given).glob("tokenizer*")):
+        return  # transformers would make an empty tokenizer for some kinds of models
+    try:
+        theirs = AutoTokenizer.from_pretrained(given)
+    except (OSError, ValueError):  # a name without a tokenizer, or one that can't be loaded: the model will tell
+        return
     ids, other = ours.get_vocab(), theirs.get_vocab()
     differs = sorted(token for token in ids.keys() | other.keys() if ids.get(token) != other.get(token))
     if differs:
