@@ -184,7 +184,7 @@ def test_a_loader_without_a_length_replays_as_one_with_a_length_does(tiny_llama:
     seen = []
     for loader in (mapping_loader(), DataLoader(Stream(), batch_size=8)):
         module = UserModule(tiny_llama())
-        trainer = quiet_trainer(callbacks=[replay_of()], max_steps=-1, max_epochs=2)
+        trainer = quiet_trainer(callbacks=[replay_of(uses_per_sample=1)], max_steps=-1, max_epochs=2)
         trainer.fit(module, datamodule=ReplayDataModule(loader, 0.2))
         assert trainer.global_step == 16
         assert trainer.callback_metrics["replay/rows_sampled"] == 32

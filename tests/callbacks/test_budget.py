@@ -243,7 +243,12 @@ def test_the_drift_is_the_forward_kl_on_rows_drawn_for_the_first_time(
     tiny_llama: Make, tmp_path: Path, loss: ReplayLoss, refill_rows: int
 ) -> None:
     replay = SelfGeneratedReplay(
-        loss, coefficient=ForgettingBudget(10.0, start=2.0), refill_rows=refill_rows, uses_per_sample=2, seed=0
+        loss,
+        coefficient=ForgettingBudget(10.0, start=2.0),
+        replay_fraction=0.2,
+        refill_rows=refill_rows,
+        uses_per_sample=2,
+        seed=0,
     )
     module, logger = Measures(tiny_llama(), tiny_llama(), replay), CSVLogger(tmp_path)
     train(module, mapping_loader(), replay, max_steps=8, logger=logger, log_every_n_steps=1)
@@ -258,7 +263,7 @@ def test_the_drift_is_the_forward_kl_on_rows_drawn_for_the_first_time(
 
 
 def test_a_budget_is_updated_once_an_optimizer_step(tiny_llama: Make) -> None:
-    replay = SelfGeneratedReplay(coefficient=ForgettingBudget(10.0), seed=0)
+    replay = SelfGeneratedReplay(coefficient=ForgettingBudget(10.0), replay_fraction=0.2, seed=0)
     module = Measures(tiny_llama(), tiny_llama(), replay)
     trainer = train(module, mapping_loader(), replay, max_steps=3, accumulate_grad_batches=2)
     pairs = [(one + other) / 2 for (one, _), (other, _) in zip(module.drifts[::2], module.drifts[1::2], strict=True)]

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from lightning_replay import (
     ForgettingMonitor,
     LanguageModel,
+    NextToken,
     ReplayBuffer,
     ReplayDataModule,
     Sampling,
@@ -157,9 +158,15 @@ def test_a_buffer_takes_four_bytes_a_token_and_six_a_cached_log_probability() ->
     assert (cached.nbytes - plain.nbytes) / (1000 * 511 * 64) == pytest.approx(6, abs=0.05)
 
 
+class ComparedNextToken(NextToken):
+    """A next-token loss that asks the reference, for nothing: one that asks none uses rows once."""
+
+    needs_reference = True
+
+
 @pytest.mark.parametrize(("steps", "uses"), [(84, 1), (85, 2), (86, 2)])
 def test_rows_are_used_again_only_in_a_run_that_has_enough_of_them(tiny_llama: Make, steps: int, uses: int) -> None:
-    replay = SelfGeneratedReplay("ntp", sampling=Sampling(sampler=random_rows, length=12))
+    replay = SelfGeneratedReplay(ComparedNextToken(), sampling=Sampling(sampler=random_rows, length=12))
     _, rows, trainer, _ = run(tiny_llama(), replay, fraction=1 / 3, max_steps=steps, max_epochs=-1)
     assert len(rows) == 4 * steps
     _, counts = rows.unique(dim=0, return_counts=True)
@@ -189,7 +196,7 @@ class Uses(L.Callback):
 
 def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) -> None:
     replay = SelfGeneratedReplay(
-        "ntp",
+        ComparedNextToken(),
         100.0,
         refill_rows=12,
         seed=3,
@@ -206,7 +213,7 @@ def test_rows_that_are_learned_by_heart_are_used_less_often(tiny_llama: Make) ->
 
 
 def test_rows_that_are_not_learned_by_heart_are_used_more_often(tiny_llama: Make) -> None:
-    replay = SelfGeneratedReplay("ntp", 0.0, refill_rows=8, seed=3)
+    replay = SelfGeneratedReplay(ComparedNextToken(), 0.0, refill_rows=8, seed=3)
     uses = Uses(replay)
     module = UserModule(tiny_llama(), learning_rate=0.0)
     quiet_trainer(callbacks=[replay, uses], max_steps=88, max_epochs=-1).fit(
@@ -215,6 +222,11 @@ def test_rows_that_are_not_learned_by_heart_are_used_more_often(tiny_llama: Make
     passes = [1, 2, 1, 2, *(1, 2, 3, 4) * 10]
     assert uses.seen == [use for use in passes for _ in range(2)]
     assert uses.refills[-1] == 11
+
+
+def test_a_loss_without_a_reference_uses_rows_once(tiny_llama: Make) -> None:
+    _, _, trainer, _ = run(tiny_llama(), SelfGeneratedReplay("ntp"), fraction=1 / 3, max_steps=85, max_epochs=-1)
+    assert trainer.callback_metrics["replay/rows_sampled"] == 340
 
 
 def test_rows_that_have_to_last_are_used_as_often_as_at_first(tiny_llama: Make) -> None:
