@@ -29,8 +29,8 @@ from typing import Any
 import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
+from replay_cost import llama
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_replay import Cached, CausalLM, Copy, SelfGeneratedReplay, forward_kl, linear_divergence
 from lightning_replay.linear_losses import divergence_of_heads
@@ -71,27 +71,10 @@ def measured(step: Any, repeats: int) -> dict[str, float]:
     return {"gib": peak / 2**30, "seconds": min(seconds)}
 
 
-def llama(vocabulary: int, width: int, layers: int, length: int, tied: bool) -> LlamaForCausalLM:
-    """A Llama of random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=width * 8 // 3 // 64 * 64,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            max_position_embeddings=length,
-            tie_word_embeddings=tied,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
 def of_model(way: str, vocabulary: int, rows: int, length: int, width: int, repeats: int) -> dict[str, float]:
     """The KL of a model's rows, from tokens to the gradients of all weights."""
     torch.manual_seed(0)
-    module = llama(vocabulary, width, 4, length, tied=True)
+    module = llama(width, 4, width // 64, vocabulary, tied=True)
     model = LanguageModel(module, vocabulary, length, has_cache=True)
     reference, heads = FrozenCopy(model), OutputHeads()
     tokens = torch.randint(vocabulary, (rows, length))
@@ -146,7 +129,7 @@ def of_fit(arm: str, vocabulary: int, width: int, layers: int, rows: int, length
     batches: Any = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}] * steps
 
     def step() -> None:
-        module: Any = llama(vocabulary, width, layers, length, tied=False)
+        module: Any = llama(width, layers, width // 64, vocabulary)
         if lora:
             module = get_peft_model(module, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))
         trainer = L.Trainer(

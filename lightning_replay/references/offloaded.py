@@ -1,6 +1,5 @@
 """A copy whose weights stay on another device, such as the CPU, and are fetched module by module when it is called."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.models import FrozenCopy
@@ -47,11 +45,6 @@ class OffloadedCopy(FrozenCopy):
         self._model = replace(self._model, runs_on=runs_on)
         self._fetching = _Fetching(self._model.module, runs_on)
 
-    @override
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._fetching.forget()
-
 
 class _Fetching:
     """Gives each module its weights on the device for as long as its forward runs."""
@@ -75,9 +68,9 @@ class _Fetching:
             if any(tensor is not None for tensor in (*part._parameters.values(), *part._buffers.values())):
                 part.register_forward_pre_hook(self._before)
                 part.register_forward_hook(self._after, always_call=True)
-        module.register_forward_hook(lambda *_: self.forget(), always_call=True)
+        module.register_forward_hook(self._end, always_call=True)
 
-    def forget(self) -> None:
+    def _end(self, *_: Any) -> None:
         """Drop what was fetched ahead and not used."""
         self._last = None
         self._ahead.clear()

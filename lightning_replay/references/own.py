@@ -1,8 +1,7 @@
 """A reference that is another model than the one that trains: loading it, and checking that it can be compared."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import override
 
-from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model, find_tokenizer
+from lightning_replay.models.language_model import LanguageModel, find_language_model, find_tokenizer
 from lightning_replay.references.independence import check_unused
-from lightning_replay.references.models import SavedReference
+from lightning_replay.references.models import LiveModel, SavedReference
 from lightning_replay.references.probe import probe_logits, probe_tokens
 
 __all__ = ["OwnModel", "check_same_tokens", "load_own"]
@@ -24,7 +23,7 @@ _KEPT = 256
 """Logits of a position that checkpoints hold, to know the model again."""
 
 
-class OwnModel(SavedReference):
+class OwnModel(LiveModel, SavedReference):
     """A model that is loaded or given. Checkpoints hold a few of its logits, and a run that resumes compares them.
 
     Args:
@@ -35,7 +34,6 @@ class OwnModel(SavedReference):
         MisconfigurationException: If they have other vocabularies, or it uses weights of the model that trains.
     """
 
-    weights_stay: ClassVar[bool] = True
     comes_from_model: ClassVar[bool] = False
 
     def __init__(self, model: LanguageModel, trained: LanguageModel) -> None:
@@ -47,16 +45,14 @@ class OwnModel(SavedReference):
                 "next-token loss on rows of your own (`ReplayDataModule(prior=...)`, `loss='ntp'`)."
             )
         check_unused(trained, model)
-        self.model = model
+        super().__init__(model)
         logits = probe_logits(model, probe_tokens(model, 16)).float()
         self._known = logits[..., :: -(-model.vocabulary // _KEPT)].cpu()
 
-    @override
-    @contextmanager
-    def active(self) -> Iterator[LanguageModel]:
-        """Yield the model, in evaluation mode."""
-        with evaluating(self.model.module):
-            yield self.model
+    @property
+    def model(self) -> LanguageModel:
+        """The model."""
+        return self._model
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
