@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ReplayDataModule, SelfGeneratedReplay
-from lightning_replay.models.language_model import LanguageModel, find_language_model
+from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.independence import check_independent, independent_copy
 from lightning_replay.references.models import FrozenCopy, MovingAverage
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import VOCABULARY, HandWritten, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.references import TOKENS, of
 
 Make = Callable[..., LlamaForCausalLM]
-TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
-
-
-def of(module: nn.Module) -> LanguageModel:
-    return find_language_model(UserModule(module), None)
 
 
 def add_to_weights(model: LanguageModel, value: float = 1.0) -> None:

@@ -17,15 +17,15 @@ from transformers import LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_replay import ReplayDataModule, SelfGeneratedReplay
-from lightning_replay.models.language_model import LanguageModel, find_language_model
+from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.adapters import DisabledAdapter
 from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.models import FrozenCopy, LiveModel, ReferenceModel, SavedReference
 from lightning_replay.references.reference import Adapter, Auto, Copy, Reference
 from tests.helpers.modules import VOCABULARY, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.references import TOKENS, answer, of
 
 Make = Callable[..., LlamaForCausalLM]
-TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
 
 
 class Uniform(nn.Module):
@@ -83,15 +83,6 @@ class Head(Reference):
     @override
     def take(self, model: LanguageModel, trainer: L.Trainer) -> ReferenceModel:
         return HeadOnly(model)
-
-
-def of(module: nn.Module) -> LanguageModel:
-    return find_language_model(UserModule(module), None)
-
-
-def answer(reference: ReferenceModel) -> Tensor:
-    with reference.active() as model:
-        return model.logits(TOKENS)
 
 
 def train(model: LanguageModel) -> None:

@@ -3,19 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import LlamaForCausalLM
 
-from lightning_replay.models.language_model import LanguageModel, find_language_model
 from lightning_replay.references.models import FrozenCopy, LiveModel, MovingAverage
-from tests.helpers.modules import VOCABULARY, UserModule
+from tests.helpers.references import TOKENS, of
 
 Make = Callable[..., LlamaForCausalLM]
-TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
-
-
-def of(module: nn.Module) -> LanguageModel:
-    return find_language_model(UserModule(module), None)
 
 
 def test_a_frozen_copy_keeps_the_weights_it_was_made_from(tiny_llama: Make) -> None:

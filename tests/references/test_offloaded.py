@@ -5,26 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from lightning_replay import Copy, SelfGeneratedReplay, sample_rows
-from lightning_replay.models.language_model import LanguageModel, find_language_model
-from lightning_replay.references.models import FrozenCopy, ReferenceModel
+from lightning_replay.references.models import FrozenCopy
 from lightning_replay.references.offloaded import OffloadedCopy
-from tests.helpers.modules import VOCABULARY, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
+from tests.helpers.references import TOKENS, answer, of
 
 Make = Callable[..., LlamaForCausalLM]
-TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
-
-
-def of(module: nn.Module) -> LanguageModel:
-    return find_language_model(UserModule(module), None)
-
-
-def answer(reference: ReferenceModel) -> Tensor:
-    with reference.active() as model:
-        return model.logits(TOKENS)
 
 
 @pytest.mark.parametrize("tied", [False, True])

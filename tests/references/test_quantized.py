@@ -15,24 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from lightning_replay import Copy, SelfGeneratedReplay, forward_kl
 from lightning_replay.linear_losses import divergence_of_heads
 from lightning_replay.models.head import OutputHeads
-from lightning_replay.models.language_model import LanguageModel, find_language_model
-from lightning_replay.references.models import FrozenCopy, ReferenceModel
+from lightning_replay.references.models import FrozenCopy
 from lightning_replay.references.quantized import plain_state
 from tests.helpers.modules import VOCABULARY, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.references import TOKENS, answer, of
 
 pytest.importorskip("torchao", reason="torchao is an extra")
 
 Make = Callable[..., LlamaForCausalLM]
-TOKENS = torch.randint(3, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
-
-
-def of(module: nn.Module) -> LanguageModel:
-    return find_language_model(UserModule(module), None)
-
-
-def answer(reference: ReferenceModel) -> Tensor:
-    with reference.active() as model:
-        return model.logits(TOKENS)
 
 
 def rounded_by_hand(module: nn.Module) -> nn.Module:
