@@ -6,10 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
-from budget import Held, exchange
+from budget import Held
 from experiments import QUICK, cell, fill, perform
 from frontier import FEW, LONG, TELLING, all_arms
 from objectives import OBJECTIVES
@@ -65,17 +66,24 @@ def test_a_region_of_a_page_is_filled_and_the_rest_stays(tmp_path: Path) -> None
     assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- end of a -->\nafter\n"
 
 
-def test_a_price_is_compared_with_the_loss_that_a_larger_budget_has_bought() -> None:
-    def held(budget: float, drifts: list[float], price: float, loss: float) -> Held:
-        logged = {"replay/drift": drifts, "replay/price": [99.0, price]}
-        return Held(budget, 1e-3, [{"budget": logged, "points": [{"new_loss": 9.0}, {"new_loss": loss}]}])
+def test_a_budget_is_held_against_a_larger_one_and_against_fixed_coefficients() -> None:
+    def run(drifts: list[float], price: float, *losses: tuple[float, float]) -> dict[str, Any]:
+        points = [vars(Point(step, 0, 0, 0, prior, 0, new, 0, 0)) for step, (prior, new) in enumerate(losses)]
+        return {"budget": {"replay/drift": drifts, "replay/price": [99.0, price]}, "points": points}
 
-    small = held(0.1, [0.5] * 50 + [0.12] * 30 + [0.06] * 20 + [0.1] * 5, 8.0, 3.0)
-    assert small.peaks == [pytest.approx(1.2)]
-    assert small.ends == [pytest.approx((0.12 * 2 + 0.06 * 20 + 0.1 * 5) / 27 / 0.1)]
-    told, bought = exchange(small, held(0.2, [0.2], 2.0, 2.5))
-    assert told == [pytest.approx(4.0)]
-    assert bought == [pytest.approx(5.0)]
+    def fixed(*losses: tuple[float, float]) -> list[Point]:
+        return [Point(step, 0, 0, 0, prior, 0, new, 0, 0) for step, (prior, new) in enumerate(losses)]
+
+    small = run([0.5] * 50 + [0.12] * 30 + [0.06] * 20 + [0.1] * 5, 8.0, (2.0, 9.0), (2.1, 3.0))
+    large = run([0.2], 2.0, (2.0, 9.0), (2.2, 2.9))
+    coefficients = [fixed((2.0, 9.0), (2.4, 1.0)), fixed((2.0, 9.0), (2.5, 5.0), (2.6, 2.0)), fixed((2.0, 9.0), (2, 8))]
+    held = Held("Spanish", 1e-3, 0.1, {0: small, 1: small}, {0: large}, {0: coefficients})
+    assert held.of_each(held.peak) == [pytest.approx(1.2)] * 2
+    assert held.of_each(held.end) == [pytest.approx((0.12 * 2 + 0.06 * 20 + 0.1 * 5) / 27 / 0.1)] * 2
+    assert held.exchanges == [(8.0, pytest.approx((3.0 - 2.9) / 0.02))]
+    there, nowhere = held.against_fixed
+    assert there == pytest.approx(0.3)  # the first is there at three quarters of its way; the last does not get there
+    assert nowhere != nowhere
 
 
 @pytest.fixture
@@ -169,10 +177,11 @@ def test_budgets_are_tried_without_any_data(tmp_path: Path) -> None:
 
     with (tmp_path / "budget.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["budget"] for line in lines] == ["0.05"] * 60 + ["0.1"] * 60
-    last = [float(line["replay/drift"]) / float(line["budget"]) for line in lines if int(line["step"]) > 45]
-    row = (tmp_path / "budget.md").read_text().split("| 1e-2 | 0.05 | ")[1].split(" | ")
-    assert row[0] == cell([sum(last[:15]) / 15], ".2f")
+    told = [(line["text"], line["budget"]) for line in lines]
+    assert told == [(text, budget) for text in ("Spanish", "mathematics") for budget in ("0.05", "0.1")]
+    cells = (tmp_path / "budget.md").read_text().split("| Spanish | 1e-2 | 0.05 | ")[1].split(" | ")
+    assert cells[1] == cell([float(lines[0]["drift_last_quarter"]) / 0.05], ".2f")
+    assert cells[4] == cell([float(lines[0]["forgetting"])])
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 

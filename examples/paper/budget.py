@@ -1,150 +1,233 @@
-"""How well a budget of forgetting is held, and what its price predicts: not a claim, but a check.
+"""How well a budget of forgetting is held, what its price predicts, and how it compares with fixed coefficients.
 
     python examples/paper/budget.py --model DIR --prior known.txt --new new.txt --other another.txt
 
-`run_all.py` leaves it out. Takes half an hour on two cores for a model of 650,000 parameters, by itself.
+`run_all.py` leaves it out. Takes two hours on two cores for a model of 650,000 parameters, by itself.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import geometric_mean, mean
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan, nan
+from statistics import mean
 from typing import Any
 
 from experiments import Lab, Report, cell, count, main, plain_numbers, table
 from learning_rate import scientific
 from matplotlib.figure import Figure
-from runs import Point, forgetting
+from runs import Finetuning, Point, Text, Trajectory, forgetting
 
 from lightning_replay import ForgettingBudget
 from lightning_replay.report.plots import Look
 
 SETTLED = 50
 """Steps after which the drift is not to exceed its budget by far."""
+MORE = 1.2
+"""How much larger the budget is that the price is held against."""
+COEFFICIENTS = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""The fixed ones."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Runs with one budget at one learning rate, a run for each seed."""
+    """Runs with one budget on one text at one learning rate.
 
-    budget: float
+    Attributes:
+        text: Its name.
+        rate: The learning rate.
+        budget: In nats a token.
+        results: What each run gave, by seed.
+        larger: The same with a budget ``MORE`` times as large, for the seeds where there is such a run.
+        fixed: The trajectories of runs with fixed coefficients, by seed.
+    """
+
+    text: str
     rate: float
-    results: Sequence[dict[str, Any]]
+    budget: float
+    results: Mapping[int, dict[str, Any]]
+    larger: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[int, Sequence[Trajectory]] = field(default_factory=dict)
+
+    def of_each(self, figure: Callable[[dict[str, Any]], float]) -> list[float]:
+        """A figure of each run."""
+        return [figure(result) for result in self.results.values()]
+
+    def end(self, result: dict[str, Any]) -> float:
+        """The mean drift over the last quarter, relative to the budget."""
+        drift = result["budget"]["replay/drift"]
+        return mean(drift[len(drift) * 3 // 4 :]) / self.budget
+
+    def peak(self, result: dict[str, Any]) -> float:
+        """The highest smoothed drift once it has settled, relative to the budget."""
+        return max(result["budget"]["replay/drift"][SETTLED:]) / self.budget
 
     @property
-    def ends(self) -> list[float]:
-        """Of each run, the mean drift over the last quarter, relative to the budget."""
-        drifts = [result["budget"]["replay/drift"] for result in self.results]
-        return [mean(drift[len(drift) * 3 // 4 :]) / self.budget for drift in drifts]
+    def exchanges(self) -> list[tuple[float, float]]:
+        """Nats of new-task loss that a nat of drift buys, by the price and as measured with the larger budget."""
+        return [
+            (price(result), (new_loss(result) - new_loss(self.larger[seed])) / ((MORE - 1) * self.budget))
+            for seed, result in self.results.items()
+            if seed in self.larger
+        ]
 
     @property
-    def peaks(self) -> list[float]:
-        """Of each run, the highest smoothed drift once it has settled, relative to the budget."""
-        return [max(result["budget"]["replay/drift"][SETTLED:]) / self.budget for result in self.results]
+    def against_fixed(self) -> list[float]:
+        """For each run, what the best fixed coefficient has forgotten when it reaches the same new-task loss."""
+        found = []
+        for seed, result in self.results.items():
+            there = [forgetting(run, new_loss(result)) for run in self.fixed.get(seed, ())]
+            found.append(min((value for value in there if not isnan(value)), default=nan))
+        return found
 
-    @property
-    def prices(self) -> list[float]:
-        """Of each run, the last price."""
-        return [result["budget"]["replay/price"][-1] for result in self.results]
+    def cells(self) -> list[str]:
+        """Its line of the table."""
+        told, measured = zip(*self.exchanges, strict=True) if self.exchanges else ((), ())
+        return [
+            self.text,
+            scientific(self.rate),
+            f"{self.budget:g}",
+            str(len(self.results)),
+            cell(self.of_each(self.end), ".2f"),
+            cell(self.of_each(self.peak), ".2f"),
+            cell(self.of_each(new_loss), ".2f"),
+            cell(self.of_each(forgotten)),
+            cell(self.against_fixed) if self.fixed else "",
+            *(cell(values, ".1f") if values else "" for values in (told, measured)),
+        ]
 
-    @property
-    def losses(self) -> list[float]:
-        """Of each run, the last new-task loss."""
-        return [result["points"][-1]["new_loss"] for result in self.results]
 
-    @property
-    def forgotten(self) -> list[float]:
-        """Of each run, the rise of the prior loss."""
-        return [forgetting([Point(**point) for point in result["points"]]) for result in self.results]
+def new_loss(result: dict[str, Any]) -> float:
+    """The last new-task loss of a run."""
+    return float(result["points"][-1]["new_loss"])
+
+
+def price(result: dict[str, Any]) -> float:
+    """The last price of a run."""
+    return float(result["budget"]["replay/price"][-1])
+
+
+def forgotten(result: dict[str, Any]) -> float:
+    """The rise of the prior loss in a run."""
+    return forgetting([Point(**point) for point in result["points"]])
 
 
 def budget(lab: Lab) -> Report:
-    """Finetune with budgets at several learning rates."""
+    """Finetune with budgets and with fixed coefficients."""
     scale = lab.scale
-    pairs = [(rate, allowed) for rate in scale.budget_rates for allowed in sorted(scale.budgets)]
-    runs = [
-        lab.finetuning(
-            seed,
-            learning_rate=rate,
-            steps=scale.budget_steps,
-            replay={"loss": "kl", "coefficient": ForgettingBudget(allowed)},
-        )
-        for rate, allowed in pairs
+    texts, budgets = {"Spanish": lab.new, "mathematics": lab.other}, sorted(scale.budgets)
+
+    def run(text: Text, seed: int, coefficient: float | ForgettingBudget, rate: float, every: int) -> Finetuning:
+        replay = {"loss": "kl", "coefficient": coefficient}
+        return lab.finetuning(seed, new=text, learning_rate=rate, steps=scale.budget_steps, every=every, replay=replay)
+
+    ends, often = max(1, scale.budget_steps // 4), max(1, scale.budget_steps // 12)
+    middle = scale.budget_rates[len(scale.budget_rates) // 2]
+    runs = {
+        (name, rate, allowed, seed): run(text, seed, ForgettingBudget(allowed), rate, ends)
         for seed in lab.seeds
-    ]
-    results, seeds = lab.results(runs), len(lab.seeds)
-    held = [
-        Held(allowed, rate, results[number * seeds : (number + 1) * seeds])
-        for number, (rate, allowed) in enumerate(pairs)
-    ]
-    bought = {
-        number: exchange(*held[number : number + 2]) for number in range(len(held)) if (number + 1) % len(scale.budgets)
+        for name, text in texts.items()
+        for rate in scale.budget_rates
+        for allowed in (*budgets, *(MORE * each for each in budgets if rate == middle))
     }
+    fixed = {
+        (name, coefficient, seed): run(text, seed, coefficient, middle, often)
+        for seed in lab.seeds
+        for name, text in texts.items()
+        for coefficient in COEFFICIENTS
+    }
+    results = lab.done(runs | fixed)
+
+    def by_seed(*key: Any) -> dict[int, dict[str, Any]]:
+        return {seed: results[(*key, seed)] for seed in lab.seeds if (*key, seed) in results}
+
+    def trajectories(name: str) -> dict[int, list[Trajectory]]:
+        found: dict[int, list[Trajectory]] = {}
+        for coefficient in COEFFICIENTS:
+            for seed, result in by_seed(name, coefficient).items():
+                found.setdefault(seed, []).append([Point(**point) for point in result["points"]])
+        return found
+
+    held = [
+        Held(
+            name,
+            rate,
+            allowed,
+            by_seed(name, rate, allowed),
+            by_seed(name, rate, MORE * allowed) if rate == middle else {},
+            trajectories(name) if rate == middle else {},
+        )
+        for name in texts
+        for rate in scale.budget_rates
+        for allowed in budgets
+    ]
+    held = [each for each in held if each.results]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(2, 1, sharex=True)
-        for index, each in enumerate(held):
-            look, logged = Look.of(index), each.results[0]["budget"]
-            label = f"{each.budget:g} at {scientific(each.rate)}"
-            axes[0].plot([drift / each.budget for drift in logged["replay/drift"]], label=label, **look.line())
-            axes[1].plot(logged["replay/coefficient"], **look.line())
-        axes[0].axhline(1.0, color="black", linewidth=0.8, alpha=0.5)
-        axes[0].set(title="A budget of forgetting, held", ylabel="drift ÷ budget")
-        axes[0].legend(frameon=False, fontsize=6, ncols=3)
-        axes[1].set(xlabel="optimizer steps", ylabel="coefficient", yscale="log")
-        plain_numbers(axes[1].yaxis)
+        axes = figure.subplots(2, len(texts), sharex=True, sharey="row", squeeze=False)
+        for column, name in enumerate(texts):
+            above, below = axes[:, column]
+            for each in held:
+                if each.text != name:
+                    continue
+                look = Look.of(budgets.index(each.budget))
+                dashes = [(), (4.0, 2.0), (1.0, 1.5)][scale.budget_rates.index(each.rate) % 3]
+                line = {**look.line(), "dashes": dashes, "linewidth": 1.0}
+                logged = next(iter(each.results.values()))["budget"]
+                above.plot([drift / each.budget for drift in logged["replay/drift"]], **line)
+                below.plot(logged["replay/coefficient"], label=f"{each.budget:g} at {scientific(each.rate)}", **line)
+            above.axhline(1.0, color="black", linewidth=0.8, alpha=0.5)
+            above.set_title(name)
+            below.set(xlabel="optimizer steps", yscale="log")
+            plain_numbers(below.yaxis)
+        axes[0, 0].set_ylabel("drift ÷ budget")
+        axes[1, 0].set_ylabel("coefficient")
+        figure.legend(
+            *axes[1, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, title="budget"
+        )
 
+    ends_found = [end for each in held for end in each.of_each(each.end)]
     return Report(
         claim="A budget of forgetting is held",
-        experiment=f"Budgets {', '.join(f'{each:g}' for each in sorted(scale.budgets))} at learning rates "
+        experiment=f"Budgets {', '.join(f'{each:g}' for each in budgets)} at learning rates "
         f"{', '.join(map(scientific, scale.budget_rates))}, {scale.budget_steps} steps, {count(lab.seeds, 'seed')}",
         paper="",
-        ours=f"drift ÷ budget over the last quarter: {cell([end for each in held for end in each.ends], '.2f')}; "
-        f"highest after step {SETTLED}: {max(peak for each in held for peak in each.peaks):.2f}",
+        ours=f"drift ÷ budget over the last quarter: {cell(ends_found, '.2f')}; "
+        f"highest after step {SETTLED}: {max(peak for each in held for peak in each.of_each(each.peak)):.2f}",
         details=table(
             [
+                "new text",
                 "learning rate",
                 "budget",
+                "seeds",
                 "drift ÷ budget, last quarter",
                 f"highest after step {SETTLED}",
                 "new-task loss",
                 "forgetting",
+                "the best fixed coefficient's there",
                 "price",
-                "mean price up to the next budget",
-                "nats of loss a nat of drift, measured",
+                f"measured, up to {MORE:g} × the budget",
             ],
-            [
-                [
-                    scientific(each.rate),
-                    f"{each.budget:g}",
-                    cell(each.ends, ".2f"),
-                    cell(each.peaks, ".2f"),
-                    cell(each.losses, ".2f"),
-                    cell(each.forgotten),
-                    cell(each.prices, ".1f"),
-                    *(cell(values, ".1f") if values else "" for values in bought.get(number, ([], []))),
-                ]
-                for number, each in enumerate(held)
-            ],
+            [each.cells() for each in held],
         ),
         rows=[
-            {"learning_rate": each.rate, "budget": each.budget, "seed": seed, "step": step + 1}
-            | {key: values[step] for key, values in result["budget"].items()}
+            {
+                "text": each.text,
+                "learning_rate": each.rate,
+                "budget": each.budget,
+                "seed": seed,
+                "drift_last_quarter": each.end(result) * each.budget,
+                "highest_drift": each.peak(result) * each.budget,
+                "new_loss": new_loss(result),
+                "forgetting": forgotten(result),
+                "best_fixed_forgetting": best,
+                "price": price(result),
+                "new_loss_with_larger_budget": new_loss(each.larger[seed]) if seed in each.larger else "",
+            }
             for each in held
-            for seed, result in zip(lab.seeds, each.results, strict=True)
-            for step in range(len(result["budget"]["replay/drift"]))
+            for (seed, result), best in zip(each.results.items(), each.against_fixed, strict=True)
         ],
         draw=draw,
-        size=(7.5, 5.5),
+        size=(9.5, 5.5),
     )
-
-
-def exchange(one: Held, other: Held) -> tuple[list[float], list[float]]:
-    """Nats of new-task loss that a nat of drift buys between two budgets, by the price and as measured, a seed each."""
-    told = [geometric_mean(prices) for prices in zip(one.prices, other.prices, strict=True)]
-    measured = [
-        (ours - theirs) / (other.budget - one.budget) for ours, theirs in zip(one.losses, other.losses, strict=True)
-    ]
-    return told, measured
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ from runs import Finetuning, Point, Pretraining, Run, Text, Trajectory, prepare_
 
 from lightning_replay.report.plots import STYLE
 from lightning_replay.utilities.io import atomic_write
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ class Lab:
     def results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """Do the runs that have not been done, and return what each gave."""
         return [future.result() for future in [self._begin(run) for run in runs]]
+
+    def done(self, runs: Mapping[Key, Run]) -> dict[Key, dict[str, Any]]:
+        """What each run gave, by the same keys; with ``--finished``, of those alone that have been done."""
+        if self.finished:
+            runs = {key: run for key, run in runs.items() if file_of(run, self.folder).exists()}
+        return dict(zip(runs, self.results(list(runs.values())), strict=True))
 
     def trajectories(self, runs: Sequence[Finetuning]) -> list[Trajectory]:
         """Do the finetunings that have not been done, and return what was measured in each."""
@@ -271,7 +279,7 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, on one core each")
     parser.add_argument("--time", action="store_true", help="`frontier.py`: measure the time of a fit of each arm")
-    parser.add_argument("--finished", action="store_true", help="`frontier.py`: start no run, report on finished ones")
+    parser.add_argument("--finished", action="store_true", help="`frontier.py`, `budget.py`: only finished runs")
     parser.add_argument("--quick", action="store_true", help="tiny runs, which show that it works and nothing else")
     parser.add_argument("--fill", type=Path, nargs="+", default=[], help="Markdown files to put the tables into")
     options = parser.parse_args()

@@ -12,14 +12,14 @@ them for `--time`.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal
 
 from arms import PLAIN, Arm, at_one_loss, removed
-from experiments import Lab, Report, cell, count, file_of, main, table, write_csv
+from experiments import Lab, Report, cell, count, main, table, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting
@@ -30,6 +30,9 @@ from lightning_replay.report.plots import Look
 TIMED_STEPS, ROUNDS = 48, 3
 TIMES = "frontier_times.csv"
 FRACTIONS, USES = (0.2, 0.1, 0.05), (1, 4, 16)
+USUAL = {"loss": "kl", "coefficient": 10.0}
+SIGNS = {1: "o", 2: "s", 4: "^", 16: "v", "auto": "*"}
+"""In the picture, by the uses of a row."""
 
 
 def spent(fraction: float, uses: int | Literal["auto"], coefficient: float = 10.0, **options: Any) -> Arm:
@@ -231,9 +234,7 @@ def frontier(lab: Lab) -> Report:
         for pair in pairs
         for name in pair.names
     }
-    if lab.finished:
-        runs = {key: run for key, run in runs.items() if file_of(run, lab.folder).exists()}
-    done = dict(zip(runs, lab.trajectories(list(runs.values())), strict=True))
+    done = {key: [Point(**point) for point in result["points"]] for key, result in lab.done(runs).items()}
     if lab.time:
         write_csv(lab.folder / TIMES, measured_times(lab, arms))
     times = read_times(lab.folder / TIMES)
@@ -248,13 +249,16 @@ def frontier(lab: Lab) -> Report:
     results = {pair: [one for one in arms if one.seeds] for pair, arms in found.items()}
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subplots(2, len(results))
-        for axes, (pair, found) in zip(zip(upper, lower, strict=True), results.items(), strict=True):
-            draw_pair(axes, [one for one in found if one.arm != PLAIN])
-            axes[0].set_title(pair)
-            axes[1].set_title(f"To a new-task loss of {found[0].level:.2f}")
-        upper[0].set_ylabel("share of forgetting removed")
-        lower[0].set_ylabel("share of forgetting removed there")
+        pair, found = next(iter(results.items()))
+        left, right = figure.subplots(1, 2)
+        arms_drawn = [one for one in found if one.arm != PLAIN]
+        draw_arms(left, arms_drawn, lambda one: (one.long, one.replay_tokens, one.removed))
+        draw_arms(right, arms_drawn, lambda one: (one.to_level, mean(one.steps), one.removed_there))
+        left.set(title=f"{pair}: {lab.scale.steps} steps", ylabel="share of forgetting removed")
+        right.set(title=f"To a new-task loss of {found[0].level:.2f}")
+        for axis, unit in ((left, "replay tokens a step"), (right, "steps")):
+            axis.set_xlabel("time ÷ without replay" if arms_drawn[0].times else unit)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
     return Report(
         claim="Most of what replay keeps costs little",
@@ -264,7 +268,7 @@ def frontier(lab: Lab) -> Report:
         details="\n\n".join(f"{pair}:\n\n{table_of(found)}" for pair, found in results.items()),
         rows=[line for found in results.values() for one in found for line in one.lines()],
         draw=draw,
-        size=(20.0, 14.0),
+        size=(10.0, 3.8),
     )
 
 
@@ -335,28 +339,32 @@ def table_of(results: Sequence[Result]) -> str:
     return table(header, [result.cells() for result in results])
 
 
-def draw_pair(axes: Sequence[Any], results: Sequence[Result]) -> None:
-    """Draw what each arm keeps over the time of a run, and over the time to the loss that all reach.
+def draw_arms(
+    axis: Any, results: Sequence[Result], place: Callable[[Result], tuple[Sequence[float], float, Sequence[float]]]
+) -> None:
+    """Draw what each arm keeps over its time; as long as no times are measured, over another measure of it.
 
-    As long as no times are measured, over replay tokens and steps. Lines go through arms that none beats in both.
+    Colours are shares of rows, signs are uses; arms that change something else are grey.
+
+    Args:
+        axis: To draw on.
+        results: Of the arms.
+        place: Times, the other measure, and shares removed.
     """
-    timed = all(one.times for one in results)
-    for axis, long in zip(axes, (True, False), strict=True):
-        places = []
-        for one in results:
-            untimed = one.replay_tokens if long else mean(one.steps)
-            x = median(one.long if long else one.to_level) if timed else untimed
-            shares = one.removed if long else one.removed_there
-            y = mean(shares)
-            places.append((x, y))
-            spread = [[y - min(shares)], [max(shares) - y]]
-            axis.errorbar(x, y, spread, marker="o", markersize=4, color=Look.of(0).color, linewidth=0.8)
-            axis.annotate(one.arm, (x, y), (4, 3), textcoords="offset points", fontsize=6)
-        places.sort()
-        best = [(x, y) for index, (x, y) in enumerate(places) if all(y > other for _, other in places[:index])]
-        axis.plot(*zip(*best, strict=True), zorder=0, **Look.of(1).line())
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_xlabel("time ÷ without replay" if timed else "replay tokens a step" if long else "steps")
+    for one in results:
+        times, other, shares = place(one)
+        x, y = median(times) if times else other, mean(shares)
+        options, fraction = one.settings.replay or {}, one.settings.replay_fraction
+        is_usual = set(options) == {*USUAL, "uses_per_sample"} and options == options | USUAL
+        color = Look.of(FRACTIONS.index(fraction)).color if is_usual and fraction in FRACTIONS else "0.6"
+        sign, spread = SIGNS[options["uses_per_sample"]], [[y - min(shares)], [max(shares) - y]]
+        axis.errorbar(x, y, spread, marker=sign, markersize=5, color=color, linewidth=0.8, zorder=2 + is_usual)
+    for index, fraction in enumerate(FRACTIONS):
+        axis.plot([], [], color=Look.of(index).color, linewidth=3, label=f"{fraction:g} of the rows")
+    axis.plot([], [], color="0.6", linewidth=3, label="another change")
+    for uses, sign in SIGNS.items():
+        axis.plot([], [], color="0.3", marker=sign, linewidth=0, label="1 use" if uses == 1 else f"{uses} uses")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 if __name__ == "__main__":
