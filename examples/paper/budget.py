@@ -53,12 +53,13 @@ class Held:
 
     def end(self, result: dict[str, Any]) -> float:
         """The mean drift over the last quarter, relative to the budget."""
-        drift = result["budget"]["replay/drift"]
+        drift: list[float] = result["budget"]["replay/drift"]
         return mean(drift[len(drift) * 3 // 4 :]) / self.budget
 
     def peak(self, result: dict[str, Any]) -> float:
         """The highest smoothed drift once it has settled, relative to the budget."""
-        return max(result["budget"]["replay/drift"][SETTLED:]) / self.budget
+        drift: list[float] = result["budget"]["replay/drift"]
+        return max(drift[SETTLED:]) / self.budget
 
     @property
     def exchanges(self) -> list[tuple[float, float]]:
@@ -121,20 +122,20 @@ def budget(lab: Lab) -> Report:
 
     ends, often = max(1, scale.budget_steps // 4), max(1, scale.budget_steps // 12)
     middle = scale.budget_rates[len(scale.budget_rates) // 2]
-    runs = {
+    runs: dict[tuple[Any, ...], Finetuning] = {
         (name, rate, allowed, seed): run(text, seed, ForgettingBudget(allowed), rate, ends)
         for seed in lab.seeds
         for name, text in texts.items()
         for rate in scale.budget_rates
         for allowed in (*budgets, *(MORE * each for each in budgets if rate == middle))
     }
-    fixed = {
+    runs |= {
         (name, coefficient, seed): run(text, seed, coefficient, middle, often)
         for seed in lab.seeds
         for name, text in texts.items()
         for coefficient in COEFFICIENTS
     }
-    results = lab.done(runs | fixed)
+    results = lab.done(runs)
 
     def by_seed(*key: Any) -> dict[int, dict[str, Any]]:
         return {seed: results[(*key, seed)] for seed in lab.seeds if (*key, seed) in results}

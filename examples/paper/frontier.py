@@ -355,7 +355,7 @@ def draw_arms(
         times, other, shares = place(one)
         x, y = median(times) if times else other, mean(shares)
         options, fraction = one.settings.replay or {}, one.settings.replay_fraction
-        is_usual = set(options) == {*USUAL, "uses_per_sample"} and options == options | USUAL
+        is_usual = set(options) == {*USUAL, "uses_per_sample"} and options == {**options, **USUAL}
         color = Look.of(FRACTIONS.index(fraction)).color if is_usual and fraction in FRACTIONS else "0.6"
         sign, spread = SIGNS[options["uses_per_sample"]], [[y - min(shares)], [max(shares) - y]]
         axis.errorbar(x, y, spread, marker=sign, markersize=5, color=color, linewidth=0.8, zorder=2 + is_usual)

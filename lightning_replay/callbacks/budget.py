@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_replay.callbacks.checks import DEFAULT_COEFFICIENT
 from lightning_replay.callbacks.replay_loss import KL, NextToken, ReplayLoss
+from lightning_replay.callbacks.verdict import Course, verdict
 from lightning_replay.references.reference import EMA, Cached, Reference
 from lightning_replay.utilities.distributed import Processes
 from lightning_replay.utilities.validation import is_number
@@ -37,6 +38,8 @@ _SPAN = 1000.0
 """The factor between the first coefficient and its bounds."""
 _PRICE_AVERAGE = 0.98
 """The share of the logarithm of the price that a step keeps."""
+_MORE = 0.2
+"""The share of the budget whose worth is told at the end."""
 _NEAR = 0.25
 """How far the drift may be from its budget, relative to it, for the price to be that of the budget."""
 
@@ -59,7 +62,7 @@ class ForgettingBudget:
 
     The drift is measured on rows that are drawn for the first time, since rows that have been trained on read low; rows
     that carry no number of uses are taken for new. Between such rows the coefficient stays. Each optimizer step reads
-    one number from the device. Measuring takes no forward of the model. It is the replay loss itself for the forward
+    two numbers from the device. Measuring takes no forward of the model. It is the replay loss itself for the forward
     KL at temperature 1, and else takes the head's logits once more; for a loss that asks no reference, such as
     ``"ntp"``, also a forward of the reference. With ``reference="cached"`` it is the lower bound that ``Cached`` gives.
 
@@ -69,7 +72,8 @@ class ForgettingBudget:
     Logged: ``replay/drift``, smoothed, ``replay/budget`` and, for the forward KL at temperature 1 and the next-token
     loss, whose gradient is the drift's, ``replay/price``: the smoothed coefficient. At the optimum it is the exchange
     rate, how many nats of the new task's loss a nat of drift buys. Before, as long as the new task's loss falls, a
-    larger budget buys more, since it also lets it fall faster.
+    larger budget buys more, since it also lets it fall faster. The fit ends with a verdict, from that price and from
+    whether your own loss still fell: what would lower it, more steps, a larger budget, a larger model, or nothing.
 
     Args:
         budget: The drift to hold, in nats a token, above 0: a number, or a function of the optimizer step.
@@ -166,6 +170,8 @@ class BudgetController:
         self._waited: int | None = 0
         self._unmeasured = 0
         self._pending: list[tuple[Tensor | float, int]] = []
+        self._new_losses: list[Tensor | float] = []
+        self._course = Course()
 
     def observe(self, drift: Tensor | float, tokens: int) -> None:
         """Take the drift of a batch, which counts at the end of its optimizer step.
@@ -176,6 +182,10 @@ class BudgetController:
         """
         self._pending.append((drift, tokens))
 
+    def observe_new_loss(self, loss: Tensor) -> None:
+        """Take the user's own loss of a batch, for the verdict at the end."""
+        self._new_losses.append(loss)
+
     def update(self, step: int, processes: Processes = Processes()) -> None:  # noqa: B008
         """Move the coefficient at the end of an optimizer step; all processes call this.
 
@@ -183,11 +193,13 @@ class BudgetController:
             step: The number of steps taken.
             processes: Whose measurements count.
         """
-        own = sum(float(drift) * tokens for drift, tokens in self._pending), sum(n for _, n in self._pending)
-        self._pending = []
-        everyone = processes.gather(own)
-        tokens = sum(count for _, count in everyone)
-        measured = sum(total for total, _ in everyone) / tokens if tokens else math.nan
+        drifts = sum(float(drift) * tokens for drift, tokens in self._pending), sum(n for _, n in self._pending)
+        losses = sum(map(float, self._new_losses)), len(self._new_losses)
+        self._pending, self._new_losses = [], []
+        everyone = processes.gather((*drifts, *losses))
+        drift, tokens, loss, batches = (sum(each) for each in zip(*everyone, strict=True))
+        self._course.add(loss / batches if batches else math.nan)
+        measured = drift / tokens if tokens else math.nan
         if not math.isfinite(measured):  # no new row, or a step that overflowed
             self._unmeasured += 1
             return
@@ -226,18 +238,20 @@ class BudgetController:
         line = f"Forgetting budget: drift {self.drift:.3g} of {self.allowed:.3g} nats a token"
         if self._unmeasured > _HELD:
             line += f" {self._unmeasured} steps before the end, after which no row was drawn for the first time"
-        if self.drift < (1 - _NEAR) * self.allowed:
-            return f"{line}. The budget did not bind, at a coefficient of {self.coefficient:.3g}."
         if self.drift > (1 + _NEAR) * self.allowed:
             return (
                 f"{line}, which was not held, with a coefficient of {self.coefficient:.3g}. Use a lower learning rate, "
                 "more replay rows or a larger budget."
             )
+        if self.drift < (1 - _NEAR) * self.allowed:
+            line += f". The budget did not bind, at a coefficient of {self.coefficient:.3g}"
+            return f"{line}. {verdict(self._course, False, None)}"
         if self.price is None:
-            return f"{line}, with a coefficient of {self.coefficient:.3g}."
-        more = 0.2 * self.allowed
-        lower = f"{more:.2g} nats more would lower the new task's loss by about {more * self.price:.2g}"
-        return f"{line}; {lower}, or by more as long as it falls."
+            return f"{line}, with a coefficient of {self.coefficient:.3g}. {verdict(self._course, True, None)}"
+        more = _MORE * self.allowed
+        gain = more * self.price
+        line += f"; {more:.2g} nats more would lower the new task's loss by about {gain:.2g}"
+        return f"{line}, or by more as long as it falls. {verdict(self._course, True, gain)}"
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coefficients to come depend on."""
@@ -251,6 +265,8 @@ class BudgetController:
             "waited": self._waited,
             "unmeasured": self._unmeasured,
             "pending": [(float(drift), tokens) for drift, tokens in self._pending],
+            "new_losses": list(map(float, self._new_losses)),
+            "course": self._course.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +275,8 @@ class BudgetController:
         self._level, self._log_price, self._violation = state["level"], state["log_price"], state["violation"]
         self._waited, self._unmeasured = state["waited"], state["unmeasured"]
         self._pending = [(drift, tokens) for drift, tokens in state["pending"]]
+        self._new_losses = list(state["new_losses"])
+        self._course.load_state_dict(state["course"])
 
     def _bounded(self, log_coefficient: float) -> float:
         middle, reach = math.log(self.budget.start), math.log(_SPAN)

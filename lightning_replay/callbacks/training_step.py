@@ -118,9 +118,12 @@ class ReplayStep:
                 key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
                 fresh = None if self.budget is None or not weight else _drawn_first(feed.drawn)
                 output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key, fresh)
-            share = None if self.budget is None else 1 / (1 + self.budget.coefficient)
+            share = None
+            if self.budget is not None and _has_graph(output):
+                self.budget.observe_new_loss(_loss_of(output).detach())
+                share = 1 / (1 + self.budget.coefficient)
             if loss is None:
-                return output if share is None or not _has_graph(output) else _combined(output, None, share)
+                return output if share is None else _combined(output, None, share)
             self.last_loss, self.last_coefficient = loss.detach(), self._coefficient(trainer.global_step)
             drawn = None if feed is None else feed.drawn
             if reuse_gap is not None and weight and drawn is not None and drawn.uses is not None:
@@ -308,8 +311,12 @@ def _check_coefficient(value: Any, what: str) -> None:
 
 def _has_graph(output: Any) -> bool:
     """Whether what a step returned is a loss, or a mapping with one, that gradients flow from."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
+    loss = _loss_of(output)
     return isinstance(loss, Tensor) and loss.requires_grad
+
+
+def _loss_of(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _combined(output: Any, added: Tensor | None, share: float | None) -> Any:

@@ -1,0 +1,122 @@
+"""What would help a run under a budget of forgetting: more steps, a larger budget, a larger model, or nothing."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean, variance
+from typing import Any, NamedTuple
+
+__all__ = ["Course", "Gain", "verdict"]
+
+_MEANS = 64
+"""How many means a course holds at most, and half as many at least once there were so many values."""
+_FEWEST = 16
+"""Means of a course that say whether it still falls: four in each quarter."""
+_DOUBLED = math.log(2) / math.log(1.4)
+"""How much more a figure that falls with the logarithm of the steps falls in twice the steps than from the third
+quarter of a run, whose middle is at five eighths, to the fourth, at seven."""
+_LITTLE = 0.02
+"""Which share of what a run has gained so far is too little to ask for."""
+
+
+class Gain(NamedTuple):
+    """By how much a figure fell from the third quarter of a run to the fourth, and the standard error."""
+
+    fall: float
+    error: float
+
+
+class Course:
+    """How a figure has gone over a run whose length is not known.
+
+    It holds means over equally many values; when there are 64, neighbours are joined.
+
+    Attributes:
+        first: The first value; None before.
+
+    Example:
+        >>> course = Course()
+        >>> for step in range(1000):
+        ...     course.add(1000.0 - step)
+        >>> course.last_gain().fall
+        240.0
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self._means: list[float] = []
+        self._span = 1
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Take the next value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        if self.first is None:
+            self.first = value
+        self._open.append(value)
+        if len(self._open) < self._span:
+            return
+        self._means.append(fmean(self._open))
+        self._open = []
+        if len(self._means) == _MEANS:
+            self._means = [fmean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._span *= 2
+
+    def last_gain(self) -> Gain | None:
+        """By how much it fell from the third quarter to the fourth; None if there are too few values."""
+        if len(self._means) < _FEWEST:
+            return None
+        size = len(self._means) // 4
+        third, fourth = self._means[-2 * size : -size], self._means[-size:]
+        return Gain(fmean(third) - fmean(fourth), math.sqrt((variance(third) + variance(fourth)) / size))
+
+    @property
+    def total_gain(self) -> float:
+        """By how much it is lower over the last quarter than at first; not negative."""
+        if self.first is None or not self._means:
+            return 0.0
+        return max(0.0, self.first - fmean(self._means[-max(1, len(self._means) // 4) :]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it holds."""
+        return {"first": self.first, "means": list(self._means), "span": self._span, "open": list(self._open)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there."""
+        self.first, self._span = state["first"], state["span"]
+        self._means, self._open = list(state["means"]), list(state["open"])
+
+
+def verdict(losses: Course, binds: bool, budget_gain: float | None) -> str:
+    """Say what would lower the new task's loss, in a sentence.
+
+    More steps are judged by what twice the steps would gain if the loss fell with their logarithm. A gain counts if it
+    is more than a fiftieth of what the run has gained, and more than twice its standard error.
+    Where the drift is at its budget and more steps gain nothing, the model has no room for the new task beside what it
+    knew: more room is a larger budget, or a larger model.
+
+    Args:
+        losses: The new task's loss, a value for each optimizer step.
+        binds: Whether the drift is at its budget.
+        budget_gain: What a somewhat larger budget would gain, in nats; None if it isn't known.
+
+    Returns:
+        The sentence.
+    """
+    found = losses.last_gain()
+    if found is None:
+        return "The run is too short to say what would help."
+    least = _LITTLE * losses.total_gain
+    gain, error = _DOUBLED * found.fall, 2 * _DOUBLED * found.error
+    if gain - error > least:
+        return f"The new task's loss still falls: in twice the steps it would fall by about {gain:.2g}."
+    if gain + error >= least:
+        return "It can't be told whether more steps would help: the new task's loss varies by more than it falls."
+    if not binds:
+        return "More steps would not lower the new task's loss, and a larger budget would not either."
+    if budget_gain is not None and budget_gain <= least:
+        return "Nothing is needed: more steps would not lower the new task's loss, and a larger budget hardly would."
+    return (
+        "More steps would not lower the new task's loss: the model has no room for it at this budget. Use a larger "
+        "budget, or a larger model."
+    )
