@@ -127,12 +127,13 @@ def budget(lab: Lab) -> Report:
         for seed in lab.seeds
         for name, text in texts.items()
         for rate in scale.budget_rates
-        for allowed in (*budgets, *(MORE * each for each in budgets if rate == middle))
+        for allowed in (*budgets, *(MORE * each for each in budgets if text == lab.new and rate == middle))
     }
     runs |= {
         (name, coefficient, seed): run(text, seed, coefficient, middle, often)
         for seed in lab.seeds
         for name, text in texts.items()
+        if text == lab.new
         for coefficient in COEFFICIENTS
     }
     results = lab.done(runs)

@@ -47,6 +47,8 @@ class Scale:
         budgets: Of forgetting, in nats a token, in `budget.py`.
         budget_rates: Learning rates there.
         budget_steps: Optimizer steps of a finetuning there.
+        verdict_budgets: Of forgetting, in nats a byte, in `verdict.py`.
+        verdict_steps: Optimizer steps of a finetuning there; for some, twice as many.
     """
 
     steps: int = 200
@@ -64,6 +66,8 @@ class Scale:
     budgets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     budget_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     budget_steps: int = 300
+    verdict_budgets: tuple[float, ...] = (0.02, 0.1)
+    verdict_steps: int = 600
 
 
 QUICK = Scale(
@@ -82,6 +86,8 @@ QUICK = Scale(
     budgets=(0.05, 0.1),
     budget_rates=(1e-2,),
     budget_steps=60,
+    verdict_budgets=(0.1,),
+    verdict_steps=30,
 )
 
 

@@ -129,7 +129,7 @@ class Finetuning(Run):
     """Samples of the model's own to measure on as well. They change nothing else in the run."""
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Train; returns ``points``, as ``Point`` has them, and what a budget logged at each step, by key."""
+        """Train; returns ``points``, as ``Point`` has them; of a budget, what it logged by key, and its verdict."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
         new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
         sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
@@ -145,7 +145,9 @@ class Finetuning(Run):
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
         recorder = Recorder(sets, self.every, "new", self.until, self_rows=self.self_rows)
         train(module, data, recorder, self.steps, replay)
-        return {"points": recorder.points, "budget": recorder.budget}
+        budget = None if replay is None else replay.step.budget
+        verdict = {} if budget is None else {"verdict": budget.verdict.helps, "summary": budget.summary()}
+        return {"points": recorder.points, "budget": recorder.budget, **verdict}
 
     def _network(self, model: str) -> Any:
         if self.lora_rank is None:

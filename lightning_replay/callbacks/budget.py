@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_replay.callbacks.checks import DEFAULT_COEFFICIENT
 from lightning_replay.callbacks.replay_loss import KL, NextToken, ReplayLoss
-from lightning_replay.callbacks.verdict import Course, verdict
+from lightning_replay.callbacks.verdict import Course, Verdict, verdict
 from lightning_replay.references.reference import EMA, Cached, Reference
 from lightning_replay.utilities.distributed import Processes
 from lightning_replay.utilities.validation import is_number
@@ -243,15 +243,30 @@ class BudgetController:
                 f"{line}, which was not held, with a coefficient of {self.coefficient:.3g}. Use a lower learning rate, "
                 "more replay rows or a larger budget."
             )
-        if self.drift < (1 - _NEAR) * self.allowed:
+        if not self._binds:
             line += f". The budget did not bind, at a coefficient of {self.coefficient:.3g}"
-            return f"{line}. {verdict(self._course, False, None)}"
-        if self.price is None:
-            return f"{line}, with a coefficient of {self.coefficient:.3g}. {verdict(self._course, True, None)}"
-        more = _MORE * self.allowed
-        gain = more * self.price
-        line += f"; {more:.2g} nats more would lower the new task's loss by about {gain:.2g}"
-        return f"{line}, or by more as long as it falls. {verdict(self._course, True, gain)}"
+        elif self._gain is None:
+            line += f", with a coefficient of {self.coefficient:.3g}"
+        else:
+            line += (
+                f"; {_MORE * self.allowed:.2g} nats more would lower the new task's loss by about {self._gain:.2g}, "
+                "or by more as long as it falls"
+            )
+        return f"{line}. {self.verdict.sentence}"
+
+    @property
+    def verdict(self) -> Verdict:
+        """What would lower the new task's loss, if the budget has been held."""
+        return verdict(self._course, self._binds, self._gain)
+
+    @property
+    def _binds(self) -> bool:
+        return self.drift is not None and self.drift >= (1 - _NEAR) * self.allowed
+
+    @property
+    def _gain(self) -> float | None:
+        """What a larger budget buys."""
+        return None if self.price is None else _MORE * self.allowed * self.price
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coefficients to come depend on."""

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from statistics import fmean, variance
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["Course", "Gain", "verdict"]
+__all__ = ["Course", "Gain", "Verdict", "verdict"]
 
 _MEANS = 64
 """How many means a course holds at most, and half as many at least once there were so many values."""
@@ -23,6 +23,13 @@ class Gain(NamedTuple):
 
     fall: float
     error: float
+
+
+class Verdict(NamedTuple):
+    """What would lower the new task's loss: in a word, room being that of a larger budget or model, and a sentence."""
+
+    helps: Literal["steps", "room", "nothing", "unknown"]
+    sentence: str
 
 
 class Course:
@@ -87,8 +94,8 @@ class Course:
         self._means, self._open = list(state["means"]), list(state["open"])
 
 
-def verdict(losses: Course, binds: bool, budget_gain: float | None) -> str:
-    """Say what would lower the new task's loss, in a sentence.
+def verdict(losses: Course, binds: bool, budget_gain: float | None) -> Verdict:
+    """Say what would lower the new task's loss.
 
     More steps are judged by what twice the steps would gain if the loss fell with their logarithm. A gain counts if it
     is more than a fiftieth of what the run has gained, and more than twice its standard error.
@@ -99,24 +106,26 @@ def verdict(losses: Course, binds: bool, budget_gain: float | None) -> str:
         losses: The new task's loss, a value for each optimizer step.
         binds: Whether the drift is at its budget.
         budget_gain: What a somewhat larger budget would gain, in nats; None if it isn't known.
-
-    Returns:
-        The sentence.
     """
     found = losses.last_gain()
     if found is None:
-        return "The run is too short to say what would help."
+        return Verdict("unknown", "The run is too short to say what would help.")
     least = _LITTLE * losses.total_gain
     gain, error = _DOUBLED * found.fall, 2 * _DOUBLED * found.error
     if gain - error > least:
-        return f"The new task's loss still falls: in twice the steps it would fall by about {gain:.2g}."
+        return Verdict(
+            "steps", f"The new task's loss still falls: in twice the steps it would fall by about {gain:.2g}."
+        )
     if gain + error >= least:
-        return "It can't be told whether more steps would help: the new task's loss varies by more than it falls."
+        return Verdict(
+            "unknown",
+            "It can't be told whether more steps would help: the new task's loss varies by more than it falls.",
+        )
+    stalled = "More steps would not lower the new task's loss"
     if not binds:
-        return "More steps would not lower the new task's loss, and a larger budget would not either."
+        return Verdict("nothing", f"{stalled}, and a larger budget would not either.")
     if budget_gain is not None and budget_gain <= least:
-        return "Nothing is needed: more steps would not lower the new task's loss, and a larger budget hardly would."
-    return (
-        "More steps would not lower the new task's loss: the model has no room for it at this budget. Use a larger "
-        "budget, or a larger model."
+        return Verdict("nothing", f"{stalled}, and a larger budget hardly would: nothing is needed.")
+    return Verdict(
+        "room", f"{stalled}: the model has no room for it at this budget. Use a larger budget, or a larger model."
     )

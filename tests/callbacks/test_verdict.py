@@ -68,14 +68,14 @@ def stalled(step: int) -> float:
 def test_what_would_help_is_told_from_the_course_and_the_price(
     loss: Callable[[int], float], noise: float, binds: bool, gain: float | None, words: str
 ) -> None:
-    assert words in verdict(course(loss, noise=noise), binds, gain)
+    assert words in verdict(course(loss, noise=noise), binds, gain).sentence
 
 
 def test_twice_the_steps_bring_what_is_foretold_if_the_loss_falls_with_their_logarithm() -> None:
-    told = float(verdict(course(falling), True, None).split("about ")[1].rstrip("."))
+    told = float(verdict(course(falling), True, None).sentence.split("about ")[1].rstrip("."))
     ends = [fmean(map(falling, range(steps * 3 // 4, steps))) for steps in (1000, 2000)]
     assert told == pytest.approx(ends[0] - ends[1], rel=0.1)
 
 
 def test_of_a_short_run_nothing_is_told() -> None:
-    assert "too short" in verdict(course(falling, 10), True, 0.1)
+    assert verdict(course(falling, 10), True, 0.1).helps == "unknown"
