@@ -96,12 +96,12 @@ class Held:
         ]
 
 
-def new_loss(result: dict[str, Any]) -> float:
+def new_loss(result: Mapping[str, Any]) -> float:
     """The last new-task loss of a run."""
     return float(result["points"][-1]["new_loss"])
 
 
-def price(result: dict[str, Any]) -> float:
+def price(result: Mapping[str, Any]) -> float:
     """The last price of a run."""
     return float(result["budget"]["replay/price"][-1])
 

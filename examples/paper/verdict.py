@@ -49,7 +49,7 @@ class Case:
     @property
     def least(self) -> float:
         """What counts as a gain."""
-        return LITTLE * (self.result["points"][0]["new_loss"] - new_loss(self.result))
+        return LITTLE * (float(self.result["points"][0]["new_loss"]) - new_loss(self.result))
 
     @property
     def truth(self) -> str:
@@ -112,9 +112,9 @@ def verdict(lab: Lab) -> Report:
         larger = next((other for other in starts if other.width > start.width and other.seed == start.seed), None)
         for budget in lab.scale.verdict_budgets:
             here = found[start, budget, ""]
-            gains = [new_loss(here) - new_loss(found[start, budget, kind]) for kind in ("steps", "more")]
+            in_steps, with_more = (new_loss(here) - new_loss(found[start, budget, kind]) for kind in ("steps", "more"))
             with_larger = None if larger is None else new_loss(here) - new_loss(found[larger, budget, ""])
-            cases.append(Case(start, budget, here, *gains, with_larger))
+            cases.append(Case(start, budget, here, in_steps, with_more, with_larger))
     clear = [case for case in cases if case.is_clear]
 
     def draw(figure: Figure) -> None:
