@@ -1,7 +1,7 @@
 """The demo's sequence of tasks with each kind of reference model.
 
 Shows what a reference that is cached, in part or in whole, or that follows the model costs in accuracy against a frozen
-copy. Gives the figures in examples/README.md.
+copy. Gives the figures in examples/results.md.
 
     python examples/toy_references.py --seeds 0 1 2
     python examples/toy_references.py --quick

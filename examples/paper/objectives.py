@@ -2,7 +2,7 @@
 
     python examples/paper/objectives.py --model DIR --prior known.txt --new new.txt --other another.txt
 
-Writes the table in examples/README.md with `--fill examples/README.md`. Shares its runs with the other scripts;
+Writes the table in examples/results.md with `--fill examples/results.md`. Shares its runs with the other scripts;
 `run_all.py` leaves it out. Takes 40 minutes on two cores for a model of 650,000 parameters, by itself.
 """
 
