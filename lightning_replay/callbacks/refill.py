@@ -19,7 +19,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.callbacks.reuse_gap import ReuseGap
-from lightning_replay.data.batches import row_length, rows_in
+from lightning_replay.callbacks.row_uses import RowUses
+from lightning_replay.callbacks.run_length import rows_of_the_run
+from lightning_replay.data.batches import row_length
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.sources import RowSource
@@ -39,17 +41,10 @@ from lightning_replay.utilities.logging import (
 from lightning_replay.utilities.progress import heed_sigterm, refill_bar
 from lightning_replay.utilities.seeds import order_seed
 
-__all__ = ["Fit", "SampledRows", "Supply", "steps_of_the_run"]
+__all__ = ["Fit", "SampledRows", "Supply"]
 
 _REFILL_ROWS = 256
 """Rows of a refill with ``"auto"``."""
-_FIRST_USES, _MOST_USES, _DISTINCT_ROWS = 2, 4, 170
-"""Of ``uses="auto"``: how often rows are used at first, and at most; how many different rows a run has at least before
-it uses any again. In runs of 200 steps, 178 rows used twice kept 97% of what is forgotten without replay, 89 kept 94%
-(`examples/paper/frontier.py`)."""
-_GAP_SHARE = 0.25
-"""By which share the loss on used rows may be below that on fresh ones: two uses had a sixth and kept what one kept,
-four had a third and kept less."""
 _CACHED_ROWS, _CACHED_BYTES = 4096, 2**30
 """Rows sampled for a run of unknown length when there can be no refill, and what they may take in memory at most."""
 _LOOK_EVERY = 0.5
@@ -123,8 +118,7 @@ class SampledRows(RowSource):
         rows: Rows to sample at a time. ``"auto"``: up to 256, in even parts of what the run uses, or all of it if they
             have to last.
         length: Tokens in a row; by default those of a row of the first batch.
-        uses: How often each row is used. ``"auto"``: at first twice, but once in a run that would then have fewer than
-            170 different rows; later as the ``ReuseGap`` allows, see ``_heed``.
+        uses: How often each row is used, as ``RowUses`` takes it.
         top_k: How many of the source's log-probabilities to keep with each position of a row; 0 for none.
         temperature: Divides the logits before these log-probabilities are taken.
         background: Whether to sample the next refill in a thread while the model trains.
@@ -143,14 +137,12 @@ class SampledRows(RowSource):
         self.generator = generator
         self.rows = rows
         self.length = length
-        self.uses = uses
+        self.uses = RowUses(uses)
         self.top_k = top_k
         self.temperature = temperature
         self.background = background
         self.buffer: ReplayBuffer | None = None
         """The rows that are drawn from; made at the first draw unless the user gave one."""
-        self._uses_now = 0 if uses == "auto" else uses  # 0 until the run's length is known
-        self._heeded = 0
         self._given: ReplayBuffer | None = None
         self._supply: Supply | None = None
         self._failures = 0
@@ -196,7 +188,7 @@ class SampledRows(RowSource):
     def forget(self) -> None:
         """Begin without rows, as if none had been sampled."""
         self.buffer = None
-        self._uses_now, self._heeded = 0 if self.uses == "auto" else self.uses, 0
+        self.uses.forget()
 
     def prepare(self, batch: Any) -> None:
         """Sample rows that have to last before the first step, whichever step draws the first of them."""
@@ -211,8 +203,8 @@ class SampledRows(RowSource):
         assert supply is not None
         parts: list[ReplayRows] = []
         while rows:
-            if self.uses == "auto" and self.buffer and rows > self.buffer.unused:
-                self._heed(supply)
+            if self.uses.is_auto and self.buffer and rows > self.buffer.unused:
+                self.uses.heed(supply.fit.reuse_gap, supply.fit.feed.processes)
             if not self._left(rows, supply):
                 self._refill(supply, batch)
                 assert self.buffer is not None
@@ -239,7 +231,7 @@ class SampledRows(RowSource):
         """Which arguments of ``SelfGeneratedReplay`` that only sampling heeds are not at their defaults."""
         return {
             "refill_rows": self.rows != "auto",
-            "uses_per_sample": self.uses != "auto",
+            "uses_per_sample": not self.uses.is_auto,
             "background": self.background,
         }
 
@@ -251,40 +243,18 @@ class SampledRows(RowSource):
     def state_dict(self) -> dict[str, Any]:
         """The sampled rows. The state of a buffer that the user gave is the datamodule's to keep."""
         own = self.buffer if self._given is None else None
-        return {
-            "buffer": None if own is None else own.state_dict(),
-            "uses_now": self._uses_now,
-            "heeded": self._heeded,
-        }
+        return {"buffer": None if own is None else own.state_dict(), **self.uses.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the saved rows."""
         self.buffer = None if state["buffer"] is None else ReplayBuffer.from_state_dict(state["buffer"])
-        if self.uses == "auto":
-            self._uses_now, self._heeded = state["uses_now"], state["heeded"]
-
-    def _heed(self, supply: Supply) -> None:
-        """At the end of a pass, let the gap of one more refill change how often rows are used by one.
-
-        Less often if used rows are clearly learned by heart: if the gap is above twice its standard error, so that it
-        is not noise, and above a quarter of the loss on fresh rows, so that it matters. Else more often, up to four
-        times. A refill that has been used often enough by then is replaced at once. Rows that are used once show no
-        gap, so that this number stays. It is the gap on the rows of the first process, for all processes.
-        """
-        gap = supply.fit.reuse_gap
-        measured = gap.value, gap.error, gap.loss, gap.refills
-        value, error, loss, refills = supply.fit.feed.processes.broadcast(measured)
-        if value is None or refills <= self._heeded:
-            return
-        self._heeded = refills
-        learned = value > max(2 * error, _GAP_SHARE * loss)
-        self._uses_now = max(1, self._uses_now - 1) if learned else min(_MOST_USES, self._uses_now + 1)
+        self.uses.load_state_dict(state)
 
     def _left(self, wanted: int, supply: Supply) -> int:
         """How many of the rows wanted the buffer has to give."""
         if not self.buffer:
             return 0
-        return wanted if supply.lasting else self.buffer.left(self._uses_now)
+        return wanted if supply.lasting else self.buffer.left(self.uses.now)
 
     def _refill(self, supply: Supply, batch: Any) -> None:
         """Put new rows in the place of the used ones."""
@@ -402,15 +372,14 @@ class SampledRows(RowSource):
     def _refill_rows(self, supply: Supply, batch: Any) -> int:
         """How many rows to sample at a time."""
         used = None
-        if self.rows == "auto" or not self._uses_now:
-            used = _rows_of_the_run(supply.fit, batch)
-        if not self._uses_now:
-            self._uses_now = 1 if used is not None and used < _FIRST_USES * _DISTINCT_ROWS else _FIRST_USES
+        if self.rows == "auto" or not self.uses.now:
+            used = rows_of_the_run(supply.fit.trainer, supply.fit.feed, supply.fit.data, batch)
+        self.uses.begin(used)
         if self.rows != "auto":
             return self.rows
         if used is None:
             return _CACHED_ROWS if supply.lasting else _REFILL_ROWS
-        needed = math.ceil(used / self._uses_now)
+        needed = math.ceil(used / self.uses.now)
         if supply.lasting:
             return needed
         # In even parts, so that the last refill is not sampled for only a few steps.
@@ -445,30 +414,3 @@ def _waited_for(ahead: "Future[_Made]", trainer: pl.Trainer) -> _Made:
             if ahead.done():  # it was the worker's own
                 raise
             heed_sigterm(trainer)
-
-
-def steps_of_the_run(trainer: pl.Trainer) -> int | None:
-    """The number of optimizer steps of the whole fit, if its length is known; to be asked while it trains."""
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
-    batches = float(trainer.num_training_batches)
-    in_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-    total = min(in_epoch * epochs, steps)
-    return None if math.isinf(total) else int(total)
-
-
-def _rows_of_the_run(fit: Fit, batch: Any) -> int | None:
-    """How many sampled rows the whole fit will draw, on all ranks, if its length is known."""
-    trainer, feed = fit.trainer, fit.feed
-    steps = steps_of_the_run(trainer)
-    if steps is None:
-        return None
-    total = float(steps * trainer.accumulate_grad_batches)
-    if trainer.max_epochs not in (None, -1):
-        total = min(total, trainer.num_training_batches * float(trainer.max_epochs or 0))
-    # Rows of a last cycle of `every_n_steps` that is not completed are never drawn.
-    whole = steps - steps % feed.every_n_steps
-    counts = feed.processes.gather_ints(-(-int(total) * whole // max(1, steps)), rows_in(batch))
-    new_rows = max(batches for batches, _ in counts) * sum(rows for _, rows in counts)
-    real = 0.0 if fit.data is None or fit.data.prior is None else fit.data.prior_share
-    return max(1, math.ceil(round(feed.share.replay_rows(new_rows) * (1 - real), 6)))

@@ -21,8 +21,9 @@ from lightning_replay.callbacks.checks import (
     check_numbers,
     refuse_what_has_no_effect,
 )
-from lightning_replay.callbacks.refill import Fit, SampledRows, steps_of_the_run
+from lightning_replay.callbacks.refill import Fit, SampledRows
 from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
+from lightning_replay.callbacks.run_length import steps_of_the_run
 from lightning_replay.callbacks.supply import RowSupply, Source
 from lightning_replay.callbacks.training_step import ReplayStep
 from lightning_replay.data.feed import RowFeed

@@ -112,7 +112,7 @@ class RowSupply:
         elif self.loss.needs_reference:
             self.reference.get(fit.trainer, model)
         # Sampled already, so there is nothing to save by using rows again.
-        rows.use(1 if self.rows.uses == "auto" else self.rows.uses, log_probs=self._cached is not None)
+        rows.use(1 if self.rows.uses.given == "auto" else self.rows.uses.given, log_probs=self._cached is not None)
         return rows, self._attach(data, rows)
 
     def _attach(self, data: ReplayDataModule, rows: RowSource) -> Callable[[], None]:
