@@ -68,6 +68,7 @@ class Point:
 
 
 Trajectory = list[Point]
+OF_BUDGETS = ("replay/drift", "replay/coefficient", "replay/price")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Finetuning(Run):
     """Samples of the model's own to measure on as well. They change nothing else in the run."""
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Train; returns ``points``, as ``Point`` has them; of a budget, what it logged by key, and its verdict."""
+        """Train; returns ``points``, as ``Point`` has them, and what a budget logged at each step, by key."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
         new, prior = (packed(text, model, self.rows, self.length) for text in (self.new, self.prior))
         sets = {"prior": held_out_rows(prior, self.held_out), "new": held_out_rows(new, self.held_out)}
@@ -145,9 +146,7 @@ class Finetuning(Run):
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
         recorder = Recorder(sets, self.every, "new", self.until, self_rows=self.self_rows)
         train(module, data, recorder, self.steps, replay)
-        budget = None if replay is None else replay.step.budget
-        verdict = {} if budget is None else {"verdict": budget.verdict.helps, "summary": budget.summary()}
-        return {"points": recorder.points, "budget": recorder.budget, **verdict}
+        return {"points": recorder.points, "budget": recorder.budget}
 
     def _network(self, model: str) -> Any:
         if self.lora_rank is None:
@@ -298,7 +297,7 @@ class Recorder(ForgettingMonitor):
         """Measure when it is due, and stop the run when its level is reached."""
         step = trainer.global_step
         values = trainer.callback_metrics
-        for key in ("replay/drift", "replay/coefficient", "replay/price") if "replay/drift" in values else ():
+        for key in (*OF_BUDGETS, "train/loss") if "replay/drift" in values else ():
             self.budget.setdefault(key, []).append(float(values[key]))
         if step % self.every == 0 or (step < self.every and step % self.every_n_steps == 0):
             self._stop_clocks()

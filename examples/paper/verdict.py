@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 from runs import Finetuning
 
 from lightning_replay import ForgettingBudget
+from lightning_replay.callbacks.budget import NEAR
+from lightning_replay.callbacks.verdict import Course, Verdict
+from lightning_replay.callbacks.verdict import verdict as verdict_of
 from lightning_replay.report.plots import Look
 
 LITTLE = 0.02
@@ -52,6 +55,14 @@ class Case:
         return LITTLE * (float(self.result["points"][0]["new_loss"]) - new_loss(self.result))
 
     @property
+    def verdict(self) -> Verdict:
+        """At the end of the run."""
+        losses, drift = Course(), self.result["budget"]["replay/drift"][-1]
+        for loss in self.result["budget"]["train/loss"]:
+            losses.add(loss)
+        return verdict_of(losses, drift >= (1 - NEAR) * self.budget, (MORE - 1) * self.budget * price(self.result))
+
+    @property
     def truth(self) -> str:
         """What would have helped."""
         return "steps" if self.steps > self.least else "room" if self.more > self.least else "nothing"
@@ -65,7 +76,7 @@ class Case:
     @property
     def is_right(self) -> bool:
         """Whether the verdict says what would have helped, or leaves open a case that is not clear-cut."""
-        return self.result["verdict"] == self.truth or (self.result["verdict"] == "unknown" and not self.is_clear)
+        return self.verdict.helps == self.truth or (self.verdict.helps == "unknown" and not self.is_clear)
 
     def line(self) -> dict[str, Any]:
         """For the CSV file."""
@@ -83,8 +94,8 @@ class Case:
             "counts_from": self.least,
             "would_help": self.truth,
             "clear_cut": self.is_clear,
-            "verdict": self.result["verdict"],
-            "summary": self.result["summary"],
+            "verdict": self.verdict.helps,
+            "sentence": self.verdict.sentence,
         }
 
 
@@ -165,7 +176,7 @@ def verdict(lab: Lab) -> Report:
                     f"{case.least:.3f}",
                     case.truth,
                     "yes" if case.is_clear else "no",
-                    case.result["verdict"],
+                    case.verdict.helps,
                 ]
                 for case in cases
             ],

@@ -14,7 +14,7 @@ from lightning_replay.references.reference import EMA, Cached, Reference
 from lightning_replay.utilities.distributed import Processes
 from lightning_replay.utilities.validation import is_number
 
-__all__ = ["DRIFT", "BudgetController", "ForgettingBudget"]
+__all__ = ["DRIFT", "NEAR", "BudgetController", "ForgettingBudget"]
 
 DRIFT = KL()
 """What a budget limits: KL(π‖θ) on replay rows, in nats a token."""
@@ -40,7 +40,7 @@ _PRICE_AVERAGE = 0.98
 """The share of the logarithm of the price that a step keeps."""
 _MORE = 0.2
 """The share of the budget whose worth is told at the end."""
-_NEAR = 0.25
+NEAR = 0.25
 """How far the drift may be from its budget, relative to it, for the price to be that of the budget."""
 
 
@@ -238,7 +238,7 @@ class BudgetController:
         line = f"Forgetting budget: drift {self.drift:.3g} of {self.allowed:.3g} nats a token"
         if self._unmeasured > _HELD:
             line += f" {self._unmeasured} steps before the end, after which no row was drawn for the first time"
-        if self.drift > (1 + _NEAR) * self.allowed:
+        if self.drift > (1 + NEAR) * self.allowed:
             return (
                 f"{line}, which was not held, with a coefficient of {self.coefficient:.3g}. Use a lower learning rate, "
                 "more replay rows or a larger budget."
@@ -261,7 +261,7 @@ class BudgetController:
 
     @property
     def _binds(self) -> bool:
-        return self.drift is not None and self.drift >= (1 - _NEAR) * self.allowed
+        return self.drift is not None and self.drift >= (1 - NEAR) * self.allowed
 
     @property
     def _gain(self) -> float | None:

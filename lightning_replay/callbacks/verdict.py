@@ -2,24 +2,23 @@
 
 import math
 from collections.abc import Mapping
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 __all__ = ["Course", "Gain", "Verdict", "verdict"]
 
 _MEANS = 64
 """How many means a course holds at most, and half as many at least once there were so many values."""
 _FEWEST = 16
-"""Means of a course that say whether it still falls: four in each quarter."""
-_DOUBLED = math.log(2) / math.log(1.4)
-"""How much more a figure that falls with the logarithm of the steps falls in twice the steps than from the third
-quarter of a run, whose middle is at five eighths, to the fourth, at seven."""
+"""Means that say whether a figure still falls."""
 _LITTLE = 0.02
 """Which share of what a run has gained so far is too little to ask for."""
 
 
 class Gain(NamedTuple):
-    """By how much a figure fell from the third quarter of a run to the fourth, and the standard error."""
+    """By how much a figure would fall in twice the steps, and twice the standard error."""
 
     fall: float
     error: float
@@ -43,9 +42,9 @@ class Course:
     Example:
         >>> course = Course()
         >>> for step in range(1000):
-        ...     course.add(1000.0 - step)
-        >>> course.last_gain().fall
-        240.0
+        ...     course.add(6.0 - math.log(step + 1))
+        >>> round(course.gain().fall, 2)
+        0.69
     """
 
     def __init__(self) -> None:
@@ -69,13 +68,27 @@ class Course:
             self._means = [fmean(pair) for pair in zip(self._means[::2], self._means[1::2], strict=True)]
             self._span *= 2
 
-    def last_gain(self) -> Gain | None:
-        """By how much it fell from the third quarter to the fourth; None if there are too few values."""
+    def gain(self) -> Gain | None:
+        """By how much it would fall in twice the steps, if it went on as over the last three quarters of the run.
+
+        A straight line over the logarithm of the steps, by least squares. The error takes into account that what is
+        left over is correlated: the drift swings around its budget, and the loss with it.
+
+        Returns:
+            None if there are too few values.
+        """
         if len(self._means) < _FEWEST:
             return None
-        size = len(self._means) // 4
-        third, fourth = self._means[-2 * size : -size], self._means[-size:]
-        return Gain(fmean(third) - fmean(fourth), math.sqrt((variance(third) + variance(fourth)) / size))
+        first = len(self._means) // 4
+        means = np.array(self._means[first:])
+        x = np.log(np.arange(first, len(self._means)) + 0.5)
+        x -= x.mean()
+        slope = (x @ means) / (x @ x)
+        left = means - means.mean() - slope * x
+        variance = (left @ left) / (len(left) - 2)
+        correlation = min(max(0.0, (left[1:] @ left[:-1]) / max(left @ left, 1e-30)), 0.9)
+        error = math.sqrt(variance / (x @ x) * (1 + correlation) / (1 - correlation))
+        return Gain(float(-slope) * math.log(2), 2 * error * math.log(2))
 
     @property
     def total_gain(self) -> float:
@@ -97,8 +110,8 @@ class Course:
 def verdict(losses: Course, binds: bool, budget_gain: float | None) -> Verdict:
     """Say what would lower the new task's loss.
 
-    More steps are judged by what twice the steps would gain if the loss fell with their logarithm. A gain counts if it
-    is more than a fiftieth of what the run has gained, and more than twice its standard error.
+    More steps are judged by what twice the steps would gain if the loss went on falling with their logarithm. A gain
+    counts if it is more than a fiftieth of what the run has gained, and by more than twice its standard error.
     Where the drift is at its budget and more steps gain nothing, the model has no room for the new task beside what it
     knew: more room is a larger budget, or a larger model.
 
@@ -107,16 +120,15 @@ def verdict(losses: Course, binds: bool, budget_gain: float | None) -> Verdict:
         binds: Whether the drift is at its budget.
         budget_gain: What a somewhat larger budget would gain, in nats; None if it isn't known.
     """
-    found = losses.last_gain()
-    if found is None:
+    gain = losses.gain()
+    if gain is None:
         return Verdict("unknown", "The run is too short to say what would help.")
     least = _LITTLE * losses.total_gain
-    gain, error = _DOUBLED * found.fall, 2 * _DOUBLED * found.error
-    if gain - error > least:
+    if gain.fall - gain.error > least:
         return Verdict(
-            "steps", f"The new task's loss still falls: in twice the steps it would fall by about {gain:.2g}."
+            "steps", f"The new task's loss still falls: in twice the steps it would fall by about {gain.fall:.2g}."
         )
-    if gain + error >= least:
+    if gain.fall + gain.error >= least:
         return Verdict(
             "unknown",
             "It can't be told whether more steps would help: the new task's loss varies by more than it falls.",
