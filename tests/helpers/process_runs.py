@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_replay import (
+    BenchmarkMonitor,
     Cached,
     ForgettingBudget,
     ForgettingMonitor,
@@ -39,6 +40,7 @@ from lightning_replay.data.batches import rows_in
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.sampling.draw import sample_rows
 from tests.helpers.modules import VOCABULARY, PlainDescent, Rows, mapping_loader, quiet_trainer
+from tests.helpers.tasks import TASKS, number_tokenizer, write_tasks
 
 GLOBAL_BATCH = 8
 TIMEOUT = int(os.environ.get("TEST_TIMEOUT", 60))
@@ -360,6 +362,26 @@ def monitored(folder: Path) -> Any:
     return seen | {"evaluated": evaluated.calls, "self_rows": self_rows(monitor)}
 
 
+def benchmarked(folder: Path, sharded: bool = False) -> Any:
+    """A task of each kind, in batches of four rows, and a probe of which each process makes something else."""
+    tasks = write_tasks(folder / f"tasks-{sharded}-{RANK}-of-{WORLD}")
+    monitor = BenchmarkMonitor(
+        TASKS,
+        {"rank": lambda *_: RANK + 1.0},
+        every_n_steps=2,
+        include_path=tasks,
+        batch_size=4,
+        tokenizer=number_tokenizer(),
+    )
+    evaluated = Evaluated()
+    seen = fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4, sharded=sharded)
+    return seen | {"evaluated": evaluated.calls, "baseline": monitor.baseline}
+
+
+def sharded_benchmarked(folder: Path) -> Any:
+    return benchmarked(folder, sharded=True)
+
+
 def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
     """The rows that the model sampled from itself to be measured on."""
     assert monitor.own_samples is not None
@@ -472,6 +494,8 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         fails_at_first,
         background,
         monitored,
+        benchmarked,
+        sharded_benchmarked,
         whole,
         sharded_kl,
         sharded_resumed,

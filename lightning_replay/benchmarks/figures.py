@@ -1,0 +1,119 @@
+"""What benchmarks measure: figures with their standard error, and which way is better."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_replay.utilities.validation import is_number
+
+__all__ = ["Figure", "drop", "figures_of_probe", "figures_of_tasks"]
+
+_ERROR = "_stderr"
+"""What the name of a standard error ends with, in the harness and in what a probe returns."""
+
+
+class Figure(NamedTuple):
+    """A measured figure.
+
+    Attributes:
+        value: The figure.
+        error: Its standard error; None if it is not known.
+        higher_is_better: Whether a higher figure is a better one; None if it is not known.
+    """
+
+    value: float
+    error: float | None = None
+    higher_is_better: bool | None = True
+
+
+def drop(figure: Figure, baseline: float) -> float | None:
+    """By how much a figure is worse than it was; None if it is not known which way is better.
+
+    Example:
+        >>> drop(Figure(0.5), baseline=0.75), drop(Figure(3.0, higher_is_better=False), baseline=2.0)
+        (0.25, 1.0)
+    """
+    if figure.higher_is_better is None:
+        return None
+    return baseline - figure.value if figure.higher_is_better else figure.value - baseline
+
+
+def figures_of_probe(name: str, measured: Any, lower_is_better: Collection[str]) -> dict[str, Figure]:
+    """The figures in what a probe returned, by name.
+
+    Args:
+        name: The probe's name.
+        measured: A number, or a mapping of numbers by metric. In a mapping, the standard error of ``"accuracy"`` is
+            ``"accuracy_stderr"``.
+        lower_is_better: The names of figures of which a lower one is better.
+
+    Raises:
+        TypeError: If it is something else.
+
+    Example:
+        >>> figures_of_probe("sums", {"right": 0.5, "right_stderr": 0.1}, ())
+        {'sums/right': Figure(value=0.5, error=0.1, higher_is_better=True)}
+    """
+    given = measured if isinstance(measured, Mapping) else {"": measured}
+    numbers = {metric: _number(name, value) for metric, value in given.items()}
+    figures = {}
+    for metric, value in numbers.items():
+        if metric.endswith(_ERROR) and metric.removesuffix(_ERROR) in numbers:
+            continue
+        key = f"{name}/{metric}" if metric else name
+        figures[key] = Figure(value, numbers.get(f"{metric}{_ERROR}"), key not in lower_is_better)
+    return figures
+
+
+def _number(name: str, value: Any) -> float:
+    if is_number(value) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    raise TypeError(
+        f"The probe {name!r} returns a number, or a mapping of numbers by metric; got a {type(value).__name__}."
+    )
+
+
+def figures_of_tasks(results: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Figure]:
+    """The figures in the harness's results, as ``<task>/<metric>``, with the filter as a third part if there is one.
+
+    Of a group of tasks that has figures of its own, those are taken; of any other, those of its tasks.
+
+    Args:
+        results: What the harness's ``evaluate`` returned.
+        asked: The names that were asked for.
+
+    Example:
+        >>> metrics = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}
+        >>> figures_of_tasks({"results": {"arc": metrics}, "higher_is_better": {"arc": {"acc": True}}}, ["arc"])
+        {'arc/acc': Figure(value=0.5, error=0.1, higher_is_better=True), 'arc/em/strict': Figure(value=0.25, error=None, higher_is_better=None)}
+    """
+    figures: dict[str, Figure] = {}
+    for task in _shown(results, asked):
+        directions = results["higher_is_better"].get(task, {})
+        metrics = results["results"][task]
+        for key, value in metrics.items():
+            metric, comma, filter_ = key.partition(",")
+            if not comma or metric.endswith(_ERROR) or not is_number(value):
+                continue
+            error = metrics.get(f"{metric}{_ERROR},{filter_}")
+            name = f"{task}/{metric}" if filter_ == "none" else f"{task}/{metric}/{filter_}"
+            figures[name] = Figure(float(value), float(error) if is_number(error) else None, directions.get(metric))
+    return figures
+
+
+def _shown(results: Mapping[str, Any], asked: Sequence[str]) -> Iterator[str]:
+    """The tasks to show, in the order of the results."""
+    members = results.get("group_subtasks", {})
+    hidden: set[str] = set()
+    for group in results.get("groups", {}):
+        hidden |= set(_below(members, group))
+    for task in results["results"]:
+        if task in asked or task not in hidden:
+            yield task
+
+
+def _below(members: Mapping[str, Sequence[str]], group: str) -> Iterator[str]:
+    for member in members.get(group, ()):
+        yield member
+        yield from _below(members, member)

@@ -1,0 +1,151 @@
+"""Answers to the harness's requests, compared with those of its own `HFLM`."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from lightning_replay.models.calls import evaluating
+from lightning_replay.models.language_model import find_language_model
+from tests.helpers.modules import VOCABULARY, HandWritten, UserModule
+from tests.helpers.tasks import CHAT, TASKS, number_tokenizer, numbers, write_task, write_tasks
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from lightning_replay.benchmarks.harness import HarnessModel  # noqa: E402
+
+pytestmark = pytest.mark.integration
+Make = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def results(model: Any, folder: Path, tasks: list[str], **options: Any) -> dict[str, float]:
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False, **options
+    )
+    return dict(numbers(found))
+
+
+def harness_own(
+    model: Any, tokenizer: Any, folder: Path, tasks: list[str], rolling: list[str], **options: Any
+) -> dict[str, float]:
+    """The figures of `HFLM`, which reads a text of perplexity tasks after two start tokens if the tokenizer adds one."""
+    found = results(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), folder, tasks, **options)
+    once = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, add_bos_token=False)
+    return found | results(once, folder, rolling, **options)
+
+
+def ours(model: Any, tokenizer: Any, folder: Path, tasks: list[str], batch_size: int = 5, **options: Any) -> Any:
+    module = find_language_model(UserModule(model), "model")
+    with evaluating(model):
+        return results(HarnessModel(module, tokenizer, batch_size), folder, tasks, **options)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
+    config.bos_token_id = config.eos_token_id = 2
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("adds_start", [False, True], ids=["no start token", "start token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}, {"chat": True}], ids=["plain", "few-shot", "chat"])
+def test_every_kind_of_task_gives_the_figures_of_the_harness_own_model(
+    tiny_llama: Make, folder: Path, family: str, adds_start: bool, options: dict[str, Any]
+) -> None:
+    model = tiny_llama().eval() if family == "llama" else gpt2()
+    tokenizer = number_tokenizer(adds_start, CHAT)
+    options = {"apply_chat_template": True} if "chat" in options else options
+    theirs = harness_own(model, tokenizer, folder, [task for task in TASKS if task != "text"], ["text"], **options)
+    assert len(theirs) == 7
+    assert ours(model, tokenizer, folder, TASKS, **options) == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "pretrained"])
+def test_continuations_are_those_of_the_harness_own_model(
+    tiny_llama: Make, request: pytest.FixtureRequest, family: str
+) -> None:
+    """Prompts of all lengths, cut at the beginning, and stop strings, some in the middle of a token or of none."""
+    draw = random.Random(1)
+    if family == "pretrained":
+        data = request.getfixturevalue("real_data")
+        model = AutoModelForCausalLM.from_pretrained(data / "tinystories-656k").eval()
+        tokenizer = AutoTokenizer.from_pretrained(data / "tinystories-656k")
+        story = (data / "text" / "tinystories.txt").read_text()
+        prompts, strings = [story[start : start + draw.randrange(1, 3000)] for start in range(0, 9000, 600)], ["ed to", "\n"]
+    else:
+        model = tiny_llama().eval() if family == "llama" else gpt2()
+        tokenizer, strings = number_tokenizer(family == "llama"), ["7 1", "21"]
+        prompts = [" ".join(str(draw.randrange(3, VOCABULARY)) for _ in range(1 + 3 * place)) for place in range(15)]
+    asked = [
+        Instance("generate_until", {}, (prompt, {"until": strings[: 1 + place % 2], "max_gen_toks": 20}), 0)
+        for place, prompt in enumerate(prompts)
+    ]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(asked, disable_tqdm=True)
+    with evaluating(model):
+        answers = HarnessModel(find_language_model(UserModule(model), "model"), tokenizer, 4).generate_until(asked)
+    assert answers == theirs
+    assert len(set(map(len, answers))) > 3
+
+
+def test_a_hand_written_model_answers_as_its_logits_say(folder: Path) -> None:
+    model = HandWritten().eval()
+    harness = HarnessModel(find_language_model(UserModule(model), "model"), number_tokenizer(), 3, max_length=32)
+    pairs = [([3, 4, 5], [6, 7]), ([9], [10]), ([3, 4, 5], [8]), ([3] * 40, [4])]
+    with torch.no_grad(), evaluating(model):
+        answers = harness._scores(pairs)
+        for (context, continuation), (log_likelihood, greedy) in zip(pairs, answers, strict=True):
+            tokens = torch.tensor([(context + continuation)[-33:]])
+            log_probs = model(tokens[:, :-1])[0, -len(continuation) :].log_softmax(-1)
+            expected = log_probs.gather(1, torch.tensor(continuation)[:, None]).sum()
+            assert log_likelihood == pytest.approx(float(expected), rel=1e-5)
+            assert greedy == (log_probs.argmax(-1).tolist() == continuation)
+
+
+def test_the_start_token_is_there_once(tiny_llama: Make) -> None:
+    model = find_language_model(tiny_llama(), None)
+    for adds_start in (False, True):
+        harness = HarnessModel(model, number_tokenizer(adds_start, CHAT))
+        start = [1] if adds_start else []
+        assert harness.tok_encode("5 6") == [*start, 5, 6]
+        assert harness.tok_encode("<s> 5 6") == [1, 5, 6]
+        text = harness.apply_chat_template([{"role": "user", "content": "5 6"}])
+        assert harness.tok_encode(text) == [1, 3, 5, 6, 2, 4]
+        assert harness._encode_pair("<s> 5", " 6") == ([1, 5], [6])
+        assert harness._encode_pair("5", " 6") == ([*start, 5], [6])
+        assert harness.prefix_token_id == 1
+
+
+def test_a_pretrained_model_gives_the_figures_of_the_harness_own_model(real_data: Path, tmp_path: Path) -> None:
+    """Perplexity of stories, which end of a story is the right one, and exact match of generated answers."""
+    text = (real_data / "text" / "tinystories.txt").read_text()
+    stories = [" ".join(story.split()) for story in text.split("<|endoftext|>")[:12]]
+    sums = [json.loads(line) for line in (real_data / "text" / "gsm8k_test.jsonl").read_text().splitlines()[:4]]
+    halves = [(story[: len(story) // 2], story[len(story) // 2 :]) for story in stories]
+    rows = [
+        {"begin": begin, "ends": [end[:200], halves[place - 1][1][:200]], "text": stories[place] * 3}
+        for place, (begin, end) in enumerate(halves)
+    ]
+    write_task(tmp_path, "ends", rows, "multiple_choice", ["acc", "acc_norm"], "{{begin}}", 0, "ends")
+    write_task(tmp_path, "stories", rows, "loglikelihood_rolling", ["bits_per_byte", "byte_perplexity"], "", "{{text}}")
+    options = {"until": ["\n", "."], "max_gen_toks": 24}
+    write_task(tmp_path, "sums", sums, "generate_until", ["exact_match"], "{{question}}", "{{answer}}", None, options)
+    names = ["ends", "stories", "sums"]
+    model = AutoModelForCausalLM.from_pretrained(real_data / "tinystories-656k").eval()
+    tokenizer = AutoTokenizer.from_pretrained(real_data / "tinystories-656k")
+    theirs = harness_own(model, tokenizer, tmp_path, ["ends", "sums"], ["stories"])
+    assert ours(model, tokenizer, tmp_path, names) == pytest.approx(theirs, rel=1e-5)
+    assert len(theirs) == 5
