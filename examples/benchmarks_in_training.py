@@ -87,7 +87,9 @@ with tempfile.TemporaryDirectory() as name:
         )
         replay = [SelfGeneratedReplay()] if fraction else []
         trainer = L.Trainer(max_steps=options.steps, callbacks=[*replay, monitor], logger=False)
-        trainer.fit(CausalLM(options.model, options.learning_rate), datamodule=ReplayDataModule(text(options.new), fraction))
+        trainer.fit(
+            CausalLM(options.model, options.learning_rate), datamodule=ReplayDataModule(text(options.new), fraction)
+        )
         figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
         for key, before in monitor.baseline.items():
             error = figures.get(f"benchmark_stderr/{key}", math.nan) * 2**0.5

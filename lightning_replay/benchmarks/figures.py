@@ -84,9 +84,12 @@ def figures_of_tasks(results: Mapping[str, Any], asked: Sequence[str]) -> dict[s
         asked: The names that were asked for.
 
     Example:
-        >>> metrics = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}
-        >>> figures_of_tasks({"results": {"arc": metrics}, "higher_is_better": {"arc": {"acc": True}}}, ["arc"])
-        {'arc/acc': Figure(value=0.5, error=0.1, higher_is_better=True), 'arc/em/strict': Figure(value=0.25, error=None, higher_is_better=None)}
+        >>> metrics = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "match,strict": 0.2}
+        >>> results = {"results": {"arc": metrics}, "higher_is_better": {"arc": {"acc": True}}}
+        >>> figures_of_tasks(results, ["arc"])["arc/acc"]
+        Figure(value=0.5, error=0.1, higher_is_better=True)
+        >>> figures_of_tasks(results, ["arc"])["arc/match/strict"]
+        Figure(value=0.2, error=None, higher_is_better=None)
     """
     figures: dict[str, Figure] = {}
     for task in _shown(results, asked):

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
@@ -18,16 +21,6 @@ from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.sampling.decoder import Decoder
 from lightning_replay.sampling.draw import stop_tokens
 from lightning_replay.utilities.distributed import Processes
-
-try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"`tasks` are those of lm-evaluation-harness, and {error.name} is not installed: "
-        "pip install 'lightning-replay[lm-eval]'"
-    ) from error
 
 __all__ = ["HarnessModel"]
 
@@ -76,6 +69,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._processes = processes or Processes()
         self._before_batch = before_batch
         self._stop = set(stop_tokens(model, tokenizer))
+        self._end = "" if self.eot_token_id is None else tokenizer.decode([self.eot_token_id])
         self._prefix = "" if self.prefix_token_id is None else tokenizer.decode([self.prefix_token_id])
 
     @property
@@ -145,7 +139,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         wanted: dict[_Until, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
             until = self._until(request)
-            prompt = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            prompt: list[Any] = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             wanted.setdefault(until, []).append((number, prompt[until.new_tokens - self.max_length :]))
         batches = [
             (until, batch)
@@ -167,12 +161,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         def score(batch: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[float, bool]]]:
             tokens = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(self.model.device)
-            asked = [(number, place * tokens.shape[1] + len(row)) for place, row in enumerate(batch) for number in rows[row]]
+            asked = [
+                (number, place * tokens.shape[1] + len(row)) for place, row in enumerate(batch) for number in rows[row]
+            ]
             sizes = [len(pairs[number][1]) for number, _ in asked]
             places = [place for (_, end), size in zip(asked, sizes, strict=True) for place in range(end - size, end)]
             targets = [token for number, _ in asked for token in pairs[number][1]]
             log_probs, likeliest = self._predicted(tokens, places, targets)
-            parts = zip(asked, log_probs.split(sizes), likeliest.split(sizes), strict=True)
+            parts = zip(asked, torch.split(log_probs, sizes), torch.split(likeliest, sizes), strict=True)
             return [(number, (float(part.sum()), bool(hits.all()))) for (number, _), part, hits in parts]
 
         longest_first = sorted(rows, key=len, reverse=True)
@@ -208,7 +204,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _until(self, request: Any) -> "_Until":
         """When the continuation that a request asks for ends."""
         options = normalize_gen_kwargs(request.args[1], _NEW_TOKENS)
-        strings, new_tokens = tuple(filter(None, options["until"])), options["max_gen_toks"]
+        strings, new_tokens = tuple(filter(None, (*options["until"], self._end))), options["max_gen_toks"]
         if options["do_sample"] or options.get("num_beams", 1) != 1:
             raise MisconfigurationException(
                 f"The task {request.task_name!r} asks for samples or beams, {request.args[1]}, and continuations are "

@@ -97,7 +97,7 @@ class HarnessTasks:
                 where = ", ".join(map(str, self.folders)) or "none"
                 raise MisconfigurationException(
                     f"The task {name!r} of lm-evaluation-harness can't be loaded: {type(error).__name__}: {error}. "
-                    f"`lm-eval ls tasks` lists its names. Files of your own are read from `include_path`; it is {where}. "
+                    f"`lm-eval ls tasks` lists the names. Files of your own are read from `include_path`: {where}. "
                     "Without a network, the documents have to be on this machine."
                 ) from error
         for task in loaded["tasks"].values():
@@ -130,8 +130,9 @@ class HarnessTasks:
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise MisconfigurationException(
-                "Tasks of lm-evaluation-harness are text, so the monitor needs the model's Hugging Face tokenizer: pass "
-                f"`tokenizer`, or give the datamodule or the module an attribute of that name; got {type(tokenizer).__name__}."
+                "Tasks of lm-evaluation-harness are text, so they need the model's Hugging Face tokenizer; got "
+                f"{type(tokenizer).__name__}. Pass `tokenizer`, or give the datamodule or the module an attribute "
+                "`tokenizer`."
             )
         if self.apply_chat_template and not tokenizer.chat_template:
             raise MisconfigurationException(
@@ -140,9 +141,7 @@ class HarnessTasks:
             )
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=self.seed)
-        harness = HarnessModel(
-            model, tokenizer, self.batch_size, self.max_length, heads, processes, before_batch
-        )
+        harness = HarnessModel(model, tokenizer, self.batch_size, self.max_length, heads, processes, before_batch)
         with _quietly(processes.rank > 0):
             results = evaluate(
                 harness,

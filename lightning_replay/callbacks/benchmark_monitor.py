@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -26,9 +26,6 @@ from lightning_replay.utilities.logging import log_values, next_step, publish
 from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import check_package, is_whole
-
-if TYPE_CHECKING:
-    from lightning_replay.benchmarks.tasks import HarnessTasks
 
 __all__ = ["BenchmarkMonitor", "Probe"]
 
@@ -153,19 +150,26 @@ class BenchmarkMonitor(Callback):
         self.seconds = 0.0
         """Wall-clock time spent on measuring, over all fits."""
 
-        self.harness: HarnessTasks | None = None
-        """The tasks of lm-evaluation-harness, if there are any."""
-
+        self._harness: Any = None
         if self.tasks:
-            # An optional extra, which takes seconds to import.
-            from lightning_replay.benchmarks.tasks import HarnessTasks
-
-            self.harness = HarnessTasks(self.tasks, seed=seed, **of_tasks | {"batch_size": batch_size})
+            try:  # an optional extra, which takes seconds to import
+                from lightning_replay.benchmarks.tasks import HarnessTasks
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f"`tasks` are those of lm-evaluation-harness, and {error.name} is not installed: "
+                    "pip install 'lightning-replay[lm-eval]'"
+                ) from error
+            self._harness = HarnessTasks(self.tasks, seed=seed, **of_tasks | {"batch_size": batch_size})
         elif changed := [name for name, value in of_tasks.items() if value is not None]:
             raise ValueError(
                 f"Without `tasks`, {', '.join(f'`{name}`' for name in changed)} would have no effect. Leave it out."
             )
-        self._settings = {"tasks": self.tasks, "probes": sorted(self.probes), "limit": limit, "num_fewshot": num_fewshot}
+        self._settings = {
+            "tasks": self.tasks,
+            "probes": sorted(self.probes),
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+        }
         self._resumed = False
         self._measured_at = -1
         self._values: dict[str, float] = {}
@@ -188,11 +192,12 @@ class BenchmarkMonitor(Callback):
         shared = {*self.tasks, *self.probes} & {name for other in others for name in (*other.tasks, *other.probes)}
         if shared:
             raise MisconfigurationException(
-                f"Two BenchmarkMonitors of this Trainer have benchmarks of the same name: {sorted(shared)}. Leave one out."
+                f"Two BenchmarkMonitors of this Trainer have benchmarks of the same name: {sorted(shared)}. Leave one "
+                "out."
             )
-        if self.harness is not None:
+        if self._harness is not None:
             with self._seeded(torch.device("cpu")):
-                _together(trainer, self.harness.load)
+                _together(trainer, self._harness.load)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -276,9 +281,9 @@ class BenchmarkMonitor(Callback):
         tokenizer = find_tokenizer(self, _replay(trainer), trainer.datamodule, pl_module)  # type: ignore[attr-defined]
         figures: dict[str, Figure] = {}
         with evaluating(model.module), trainer.precision_plugin.val_step_context():
-            if self.harness is not None:
+            if self._harness is not None:
                 with self._seeded(model.device):
-                    figures |= self.harness.evaluate(model, tokenizer, self._heads, processes, heed)
+                    figures |= self._harness.evaluate(model, tokenizer, self._heads, processes, heed)
             for name, probe in self.probes.items():
                 heed()
                 measure = functools.partial(self._probed, name, probe, model, tokenizer)
@@ -305,7 +310,7 @@ class BenchmarkMonitor(Callback):
         """Random numbers that depend on the seed alone; the global random state stays as it was."""
         with isolate_rng(), own_randomness(device, self.seed):
             random.seed(self.seed)
-            np.random.seed(self.seed)
+            np.random.seed(self.seed)  # noqa: NPY002  # the state that tasks and probes may use
             yield
 
 
@@ -329,8 +334,8 @@ def _check_probes(probes: Any, tasks: Sequence[str], lower_is_better: Collection
     foreign = sorted(name for name in lower_is_better if name.partition("/")[0] not in probes)
     if isinstance(lower_is_better, str) or foreign:
         raise ValueError(
-            f"`lower_is_better` names figures of `probes`, as in ['loss', 'sums/errors']; got {lower_is_better!r} beside "
-            f"the probes {list(probes)}. Tasks tell themselves which way is better."
+            f"`lower_is_better` names figures of `probes`, as in ['loss', 'sums/errors']; got {lower_is_better!r}, and "
+            f"the probes are {list(probes)}. Of tasks, it is known which way is better."
         )
 
 

@@ -151,9 +151,7 @@ def _new_loss(runs: Sequence[RunLog], wanted: str | None) -> str:
     return wanted
 
 
-def _columns(
-    runs: Sequence[RunLog], sets: Sequence[str], benchmarks: Sequence[str], new_loss: str
-) -> list[_Column]:
+def _columns(runs: Sequence[RunLog], sets: Sequence[str], benchmarks: Sequence[str], new_loss: str) -> list[_Column]:
     """The columns of the table for which any run has a figure."""
     columns = [_Column(new_loss, "new task", new_loss)]
     for name in sets:
@@ -250,16 +248,16 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
 def _benchmarks(runs: Sequence[RunLog], benchmarks: Sequence[str], pictures: Pictures) -> _Section:
     section = _Section(
         "Benchmarks",
-        "What each benchmark measures on the way; the band is two standard errors to each side. In the table, a drop is "
-        "the change for the worse since fit start, and it is marked as noise if it is less than two standard errors of "
-        "a difference between two samples of documents. Since all are measured on the same documents, a drop may be "
-        "real below that.",
+        "What each benchmark measures on the way; the band is two standard errors to each side. A drop is the change "
+        "for the worse since fit start. It is marked as noise in the table if it is less than two standard errors of a "
+        "difference between independent samples of documents. Both figures are of the same documents, so a smaller "
+        "drop can be real.",
         small=True,
     )
     for name in benchmarks:
         curves = _curves(runs, f"benchmark/{name}")
-        bands = {run.name: run.values.get(f"benchmark_stderr/{name}", {}) for run in runs if run.name in curves}
-        widths = {run: [2 * bands[run].get(step, nan) for step in curves[run][0]] for run in curves}
+        errors = {run.name: run.values.get(f"benchmark_stderr/{name}", {}) for run in runs if run.name in curves}
+        widths = {run: [2 * errors[run].get(int(step), nan) for step in steps] for run, (steps, _) in curves.items()}
         section.add(pictures.lines(f"benchmark-{name}", curves, name, small=True, bands=widths), curves)
         section.missing += _missing(runs, f"benchmark/{name}")
     return section

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(model: Any, folder: Path, tasks: list[str], **options: Any) -> dict[str, float]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False, **options
+        model=model, tasks=tasks, task_manager=manager, log_samples=False, **{"bootstrap_iters": 0} | options
     )
     return dict(numbers(found))
 
@@ -42,7 +42,7 @@ def results(model: Any, folder: Path, tasks: list[str], **options: Any) -> dict[
 def harness_own(
     model: Any, tokenizer: Any, folder: Path, tasks: list[str], rolling: list[str], **options: Any
 ) -> dict[str, float]:
-    """The figures of `HFLM`, which reads a text of perplexity tasks after two start tokens if the tokenizer adds one."""
+    """The figures of `HFLM`, which puts two start tokens before the text of a perplexity if the tokenizer adds one."""
     found = results(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), folder, tasks, **options)
     once = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, add_bos_token=False)
     return found | results(once, folder, rolling, **options)
@@ -85,7 +85,10 @@ def test_continuations_are_those_of_the_harness_own_model(
         model = AutoModelForCausalLM.from_pretrained(data / "tinystories-656k").eval()
         tokenizer = AutoTokenizer.from_pretrained(data / "tinystories-656k")
         story = (data / "text" / "tinystories.txt").read_text()
-        prompts, strings = [story[start : start + draw.randrange(1, 3000)] for start in range(0, 9000, 600)], ["ed to", "\n"]
+        prompts, strings = (
+            [story[start : start + draw.randrange(1, 3000)] for start in range(0, 9000, 600)],
+            ["ed to", "\n"],
+        )
     else:
         model = tiny_llama().eval() if family == "llama" else gpt2()
         tokenizer, strings = number_tokenizer(family == "llama"), ["7 1", "21"]

@@ -363,17 +363,17 @@ def monitored(folder: Path) -> Any:
 
 
 def benchmarked(folder: Path, sharded: bool = False) -> Any:
-    """A task of each kind, in batches of four rows, and a probe of which each process makes something else."""
+    """A task of each kind, in batches of five rows, and a probe of which each process makes something else."""
     tasks = write_tasks(folder / f"tasks-{sharded}-{RANK}-of-{WORLD}")
     monitor = BenchmarkMonitor(
         TASKS,
         {"rank": lambda *_: RANK + 1.0},
         every_n_steps=2,
         include_path=tasks,
-        batch_size=4,
+        batch_size=5,
         tokenizer=number_tokenizer(),
     )
-    evaluated = Evaluated()
+    evaluated = Evaluated(rows=5)
     seen = fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4, sharded=sharded)
     return seen | {"evaluated": evaluated.calls, "baseline": monitor.baseline}
 
@@ -389,14 +389,16 @@ def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
 
 
 class Evaluated(L.Callback):
-    """Counts the calls of the model outside of training on batches of four rows, as the prior sets have them."""
+    """Counts the calls of the model outside of training on batches of so many rows, as the prior sets have them."""
 
-    calls = 0
+    def __init__(self, rows: int = 4) -> None:
+        self.rows = rows
+        self.calls = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         def count(module: Any, arguments: Any, *_: Any) -> None:
-            self.calls += not module.training and len(arguments[0]) == 4
+            self.calls += not module.training and len(arguments[0]) == self.rows
 
         pl_module.model.register_forward_hook(count)  # type: ignore[union-attr]
 

@@ -64,7 +64,13 @@ def write_tasks(folder: Path, documents: int = 24) -> Path:
     write_task(folder, "choice", rows, "multiple_choice", ["acc", "acc_norm"], choices="choices", target=0)
     write_task(folder, "last", rows, "loglikelihood", ["perplexity", "acc"], target=" {{next}}")
     write_task(
-        folder, "text", rows, "loglikelihood_rolling", ["word_perplexity", "bits_per_byte"], before="", target="{{text}}"
+        folder,
+        "text",
+        rows,
+        "loglikelihood_rolling",
+        ["word_perplexity", "bits_per_byte"],
+        before="",
+        target="{{text}}",
     )
     generation = {"until": ["17", "</s>"], "max_gen_toks": 5, "do_sample": False}
     write_task(folder, "count", rows, "generate_until", ["exact_match"], target="{{answer}}", generation=generation)
