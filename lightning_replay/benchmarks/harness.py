@@ -61,6 +61,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         before_batch: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__()
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if start is None and end is None:
+            raise MisconfigurationException(
+                "The tokenizer has no token for the beginning or the end of a text, one of which has to stand before a "
+                "text without a context. Set `tokenizer.bos_token` or `tokenizer.eos_token`."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -69,21 +75,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._processes = processes or Processes()
         self._before_batch = before_batch
         self._stop = set(stop_tokens(model, tokenizer))
-        self._end = "" if self.eot_token_id is None else tokenizer.decode([self.eot_token_id])
-        self._prefix = "" if self.prefix_token_id is None else tokenizer.decode([self.prefix_token_id])
+        self._start: int = end if start is None else start
+        self._start_text, self._end_text = tokenizer.decode([self._start]), tokenizer.decode([self.eot_token_id])
 
     @property
     @override
-    def eot_token_id(self) -> int | None:
-        token: int | None = self.tokenizer.eos_token_id
-        return token
+    def eot_token_id(self) -> int:
+        return self._start if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     @property
     @override
-    def prefix_token_id(self) -> int | None:
+    def prefix_token_id(self) -> int:
         """What stands before a text without a context."""
-        start: int | None = self.tokenizer.bos_token_id
-        return self.eot_token_id if start is None else start
+        return self._start
 
     @property
     @override
@@ -104,7 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokens of a text, with those that the tokenizer adds by itself, unless the text begins with them."""
         if add_special_tokens is None:
-            add_special_tokens = self.prefix_token_id is None or not string.startswith(self._prefix)
+            add_special_tokens = not string.startswith(self._start_text)
         tokens: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return tokens
 
@@ -124,9 +128,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            if tokens[:1] == [self.prefix_token_id]:  # the first window begins with it
+            if tokens[:1] == [self._start]:  # the first window begins with it
                 del tokens[0]
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+            for window in get_rolling_token_windows(tokens, self._start, self.max_length, context_len=1):
                 windows.append(make_disjoint_window(window))
                 owners.append(number)
         totals = [0.0] * len(requests)
@@ -139,7 +143,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         wanted: dict[_Until, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
             until = self._until(request)
-            prompt: list[Any] = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            prompt = self.tok_encode(request.args[0]) or [self._start]
             wanted.setdefault(until, []).append((number, prompt[until.new_tokens - self.max_length :]))
         batches = [
             (until, batch)
@@ -204,7 +208,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _until(self, request: Any) -> "_Until":
         """When the continuation that a request asks for ends."""
         options = normalize_gen_kwargs(request.args[1], _NEW_TOKENS)
-        strings, new_tokens = tuple(filter(None, (*options["until"], self._end))), options["max_gen_toks"]
+        strings, new_tokens = tuple(filter(None, (*options["until"], self._end_text))), options["max_gen_toks"]
         if options["do_sample"] or options.get("num_beams", 1) != 1:
             raise MisconfigurationException(
                 f"The task {request.task_name!r} asks for samples or beams, {request.args[1]}, and continuations are "

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from lightning_replay import head_chunks
 from lightning_replay.models.calls import evaluating
+from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import find_language_model
-from tests.helpers.modules import VOCABULARY, HandWritten, UserModule
+from lightning_replay.utilities.distributed import Processes
+from tests.helpers.families import FAMILIES, litgpt
+from tests.helpers.modules import VOCABULARY, UserModule
 from tests.helpers.tasks import CHAT, TASKS, number_tokenizer, numbers, write_task, write_tasks
+from tests.test_linear_losses import Largest
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -21,8 +27,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from lightning_replay.benchmarks.harness import HarnessModel  # noqa: E402
+from lightning_replay.benchmarks.tasks import HarnessTasks  # noqa: E402
 
-pytestmark = pytest.mark.integration
 Make = Callable[..., LlamaForCausalLM]
 
 
@@ -104,18 +110,82 @@ def test_continuations_are_those_of_the_harness_own_model(
     assert len(set(map(len, answers))) > 3
 
 
-def test_a_hand_written_model_answers_as_its_logits_say(folder: Path) -> None:
-    model = HandWritten().eval()
-    harness = HarnessModel(find_language_model(UserModule(model), "model"), number_tokenizer(), 3, max_length=32)
-    pairs = [([3, 4, 5], [6, 7]), ([9], [10]), ([3, 4, 5], [8]), ([3] * 40, [4])]
-    with torch.no_grad(), evaluating(model):
-        answers = harness._scores(pairs)
-        for (context, continuation), (log_likelihood, greedy) in zip(pairs, answers, strict=True):
-            tokens = torch.tensor([(context + continuation)[-33:]])
-            log_probs = model(tokens[:, :-1])[0, -len(continuation) :].log_softmax(-1)
+@pytest.mark.parametrize("family", [*FAMILIES, "LitGPT"])
+def test_models_of_all_kinds_answer_as_their_logits_say(family: str) -> None:
+    torch.manual_seed(2)
+    model = (litgpt() if family == "LitGPT" else FAMILIES[family]()).eval()
+    described, tokenizer = find_language_model(UserModule(model), "model"), number_tokenizer()
+    harness = HarnessModel(described, tokenizer, 3, max_length=32)
+    pairs = [([3, 4, 5], [6, 7]), ([9], [10]), ([3, 4, 5], [8]), ([3] * 40, [4]), ([7, 8], [9] * 20)]
+    prompts = [[3, 4, 5], [9, 10, 11, 12, 13], [6] * 40]
+    with evaluating(model):
+        for (context, continuation), answer in zip(pairs, harness._scores(pairs), strict=True):
+            log_probs = described.logits(torch.tensor([(context + continuation)[-33:-1]]))[0].log_softmax(-1)
+            log_probs = log_probs[-len(continuation) :]
             expected = log_probs.gather(1, torch.tensor(continuation)[:, None]).sum()
-            assert log_likelihood == pytest.approx(float(expected), rel=1e-5)
-            assert greedy == (log_probs.argmax(-1).tolist() == continuation)
+            assert answer[0] == pytest.approx(float(expected), rel=1e-4)
+            assert answer[1] == (log_probs.argmax(-1).tolist() == continuation)
+        asked = [
+            Instance("generate_until", {}, (tokenizer.decode(prompt), {"max_gen_toks": 6, "until": []}), 0)
+            for prompt in prompts
+        ]
+        for prompt, text in zip(prompts, harness.generate_until(asked), strict=True):
+            row = prompt[-26:]
+            for _ in range(6):
+                row = [*row, int(described.logits(torch.tensor([row]))[0, -1].argmax())]
+            generated = row[-6:][: row[-6:].index(2)] if 2 in row[-6:] else row[-6:]
+            assert text == tokenizer.decode(generated, skip_special_tokens=True)
+
+
+def test_requests_take_no_more_memory_than_the_positions_they_ask_for(
+    tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = 3000
+    monkeypatch.setitem(head_chunks._CHUNK, "cpu", (8 * vocabulary, 1))
+    model = tiny_llama(vocab_size=vocabulary).eval()
+    harness = HarnessModel(find_language_model(UserModule(model), "model"), number_tokenizer(), 8)
+    few, all_of_them = [([5] * 20, [6, number]) for number in range(8)], [([5], [number] * 30) for number in range(8)]
+    with evaluating(model):
+        harness._scores(few)  # finds the head
+        for pairs in (few, all_of_them):
+            with Largest() as largest:
+                harness._scores(pairs)
+            assert largest.numbers <= 16 * vocabulary  # the weight of the head
+
+
+def test_a_group_has_its_own_figures_and_each_measurement_the_same_examples(tiny_llama: Make, folder: Path) -> None:
+    model = tiny_llama().eval()
+    tasks = HarnessTasks(["next", "text"], include_path=folder, num_fewshot=2, limit=0.5, seed=7)
+    tasks.load(Processes())
+    module = find_language_model(UserModule(model), "model")
+    with evaluating(model):
+        first, second = (tasks.evaluate(module, number_tokenizer(), OutputHeads(), Processes()) for _ in range(2))
+    assert first == second
+    assert list(first) == ["text/word_perplexity", "text/bits_per_byte", "next/acc"]
+    own = HFLM(pretrained=model, tokenizer=number_tokenizer(), batch_size=3)
+    options = {"num_fewshot": 2, "limit": 0.5, "fewshot_random_seed": 7, "bootstrap_iters": 1000}
+    theirs = results(own, folder, ["next", "text"], **options)
+    assert first["next/acc"].value == pytest.approx(theirs["next/acc,none"])
+    assert first["next/acc"].error == pytest.approx(theirs["next/acc_stderr,none"])
+    assert [figure.higher_is_better for figure in first.values()] == [False, False, True]
+
+
+def test_what_continuations_can_not_be_asked_for_is_refused(tiny_llama: Make) -> None:
+    harness = HarnessModel(find_language_model(tiny_llama(), None), number_tokenizer())
+    for options, message in (
+        ({"do_sample": True, "temperature": 0.7}, "asks for samples or beams"),
+        ({"num_beams": 3}, "asks for samples or beams"),
+        ({"max_gen_toks": 32}, "asks for up to 32 new tokens, and a row has 32"),
+    ):
+        asked = Instance("generate_until", {}, ("5", options), 0, ("sums", 0, 1))
+        with pytest.raises(MisconfigurationException, match=f"'sums' {message}"):
+            harness.generate_until([asked])
+    with pytest.raises(MisconfigurationException, match="an answer of 0 tokens"):
+        harness._scores([([5], [])])
+    tokenizer = number_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(MisconfigurationException, match="no token for the beginning or the end"):
+        HarnessModel(find_language_model(tiny_llama(), None), tokenizer)
 
 
 def test_the_start_token_is_there_once(tiny_llama: Make) -> None:

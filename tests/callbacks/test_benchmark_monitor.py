@@ -176,7 +176,7 @@ def fitted(model: Any, *monitors: BenchmarkMonitor) -> tuple[Any, ...]:
     trainer.fit(module, loader)
     assert not frozen.requires_grad
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-    return weights, recorder.states, modes, module.losses
+    return weights, recorder.states, modes, module.losses, str(getattr(model, "config", ""))
 
 
 def models(tiny_llama: Make) -> Iterator[Callable[[], Any]]:
@@ -216,7 +216,6 @@ def of_tasks(folder: Path, **options: Any) -> BenchmarkMonitor:
     return BenchmarkMonitor(TASKS, include_path=folder, tokenizer=number_tokenizer(), max_length=32, **options)
 
 
-@pytest.mark.integration
 def test_with_tasks_the_fit_is_bit_for_bit_what_it_is_without(tiny_llama: Make, tasks: Path) -> None:
     for make in models(tiny_llama):
         without, beside = (fitted(make(), *given) for given in ([], [of_tasks(tasks, every_n_steps=2)]))
@@ -224,7 +223,6 @@ def test_with_tasks_the_fit_is_bit_for_bit_what_it_is_without(tiny_llama: Make, 
         assert without[1:] == beside[1:]
 
 
-@pytest.mark.integration
 def test_tasks_are_measured_as_the_harness_measures_the_model(tiny_llama: Make, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -259,7 +257,6 @@ def test_tasks_are_measured_as_the_harness_measures_the_model(tiny_llama: Make, 
     assert seen["benchmark_drop/choice/acc"] < 0  # it has learned to count
 
 
-@pytest.mark.integration
 def test_what_tasks_need_is_refused_before_the_first_step(tiny_llama: Make, tasks: Path) -> None:
     for monitor, message in (
         (BenchmarkMonitor(["nowhere"], include_path=tasks, tokenizer=number_tokenizer()), "'nowhere'"),
@@ -276,7 +273,6 @@ def test_what_tasks_need_is_refused_before_the_first_step(tiny_llama: Make, task
 
 
 @pytest.mark.slow
-@pytest.mark.integration
 def test_processes_share_the_requests_unless_the_weights_are_sharded(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     run_together(tmp_path, "benchmarked", "sharded_benchmarked")

@@ -43,7 +43,8 @@ def write_tasks(folder: Path, documents: int = 24) -> Path:
     """One task of each kind of request: on rows that count upwards, each as long as chance has it.
 
     ``choice``: the next number, one of three continuations. ``last``: the last number's probability. ``text``:
-    perplexity of a text, which may be longer than the context. ``count``: the next numbers, generated.
+    perplexity of a text, which may be longer than the context. ``count``: the next numbers, generated. The first two
+    are the group ``next``, too.
     """
     draw = random.Random(0)
     rows = []
@@ -74,6 +75,8 @@ def write_tasks(folder: Path, documents: int = 24) -> Path:
     )
     generation = {"until": ["17", "</s>"], "max_gen_toks": 5, "do_sample": False}
     write_task(folder, "count", rows, "generate_until", ["exact_match"], target="{{answer}}", generation=generation)
+    group = {"group": "next", "task": ["choice", "last"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "next.yaml").write_text(json.dumps(group))
     return folder
 
 
