@@ -75,8 +75,7 @@ def text(file: str) -> TextDataModule:
     return TextDataModule(file, options.model, options.length, batch_size=16, document_separator="\n")
 
 
-print("| replay | benchmark | before | after | ± standard error | drop |")
-print("|---|---|---|---|---|---|")
+table = ["| replay | benchmark | before | after | ± standard error | drop |", "|---|---|---|---|---|---|"]
 with tempfile.TemporaryDirectory() as name:
     write_task(Path(name))
     for fraction in (0.0, options.replay_fraction):
@@ -93,4 +92,5 @@ with tempfile.TemporaryDirectory() as name:
         for key, before in monitor.baseline.items():
             error = figures.get(f"benchmark_stderr/{key}")
             cells = [f"{before:.3f}", f"{figures[f'benchmark/{key}']:.3f}", "–" if error is None else f"{error:.3f}"]
-            print(f"| {fraction:g} | {key} | {' | '.join(cells)} | {figures[f'benchmark_drop/{key}']:+.3f} |")
+            table.append(f"| {fraction:g} | {key} | {' | '.join(cells)} | {figures[f'benchmark_drop/{key}']:+.3f} |")
+print(*table, sep="\n")

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, and a language model as the harness asks it."""
+"""A language model as lm-evaluation-harness asks it."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -48,6 +48,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         heads: The output heads found so far.
         processes: What share the requests. All of them ask the same ones, in the same order.
         before_batch: Called before each batch.
+
+    Attributes:
+        cut: How many requests were longer than ``max_length``.
+
+    Raises:
+        MisconfigurationException: If the tokenizer has no token to begin with; in answering, if a request can't be
+            answered.
     """
 
     def __init__(
@@ -70,11 +77,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.cut = 0
         self.max_length = max_length or model.context or _CONTEXT
         self._heads = heads or OutputHeads()
         self._processes = processes or Processes()
         self._before_batch = before_batch
-        self._stop = set(stop_tokens(model, tokenizer))
+        self._stop = frozenset(stop_tokens(model, tokenizer))
         self._start: int = end if start is None else start
         self._start_text, self._end_text = tokenizer.decode([self._start]), tokenizer.decode([self.eot_token_id])
 
@@ -144,7 +152,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for number, request in enumerate(requests):
             until = self._until(request)
             prompt = self.tok_encode(request.args[0]) or [self._start]
-            wanted.setdefault(until, []).append((number, prompt[until.new_tokens - self.max_length :]))
+            room = self.max_length - until.new_tokens
+            self.cut += len(prompt) > room
+            wanted.setdefault(until, []).append((number, prompt[-room:]))
         batches = [
             (until, batch)
             for until, prompts in wanted.items()
@@ -161,7 +171,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     f"A task has an answer of {len(continuation)} tokens, and a row has 1 to {self.max_length}: "
                     f"{self.tokenizer.decode(continuation)[:200]!r}. Set `max_length`, or take another task."
                 )
-            rows.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(number)
+            row = (context + continuation)[:-1]
+            self.cut += len(row) > self.max_length
+            rows.setdefault(tuple(row[-self.max_length :]), []).append(number)
 
         def score(batch: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[float, bool]]]:
             tokens = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(self.model.device)
@@ -219,7 +231,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 f"The task {request.task_name!r} asks for up to {new_tokens} new tokens, and a row has "
                 f"{self.max_length} at most, its prompt included. Set a smaller `max_gen_toks` in a copy of its file."
             )
-        return _Until(strings, new_tokens)
+        added = self.tokenizer.get_added_vocab()  # special tokens, which are left out of a text
+        stop = frozenset(added[string] for string in strings if string in added)
+        return _Until(strings, self._stop | stop, new_tokens)
 
     def _continued(self, until: "_Until", batch: Sequence[tuple[int, list[int]]]) -> list[tuple[int, str]]:
         """The likeliest next tokens of each prompt, token after token, as text until the first stop string."""
@@ -244,7 +258,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _text(self, tokens: list[int], until: "_Until") -> tuple[str, bool]:
         """A continuation's text up to where it ends, and whether it has ended."""
-        kept = list(itertools.takewhile(lambda token: token not in self._stop, tokens[: until.new_tokens]))
+        kept = list(itertools.takewhile(lambda token: token not in until.tokens, tokens[: until.new_tokens]))
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         whole = text
         for string in until.strings:
@@ -276,9 +290,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 class _Until(NamedTuple):
-    """When a continuation ends: at a string, or after so many tokens."""
+    """When a continuation ends: at a string, at a token, or after so many tokens."""
 
     strings: tuple[str, ...]
+    tokens: frozenset[int]
     new_tokens: int
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ class HarnessTasks:
         self.max_length = max_length
         self.seed = seed
         self._loaded: Any = None
+        self._warned = False
 
     def load(self, processes: Processes) -> None:
         """Find the tasks and read their documents; all processes call this.
@@ -151,6 +153,12 @@ class HarnessTasks:
                 log_samples=False,
                 apply_chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=True,
+            )
+        if harness.cut and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{harness.cut} requests of the tasks {self.names} are longer than the model's rows of "
+                f"{harness.max_length} tokens. Their beginning is cut off."
             )
         return figures_of_tasks(results, self.names)
 

@@ -153,13 +153,34 @@ def test_requests_take_no_more_memory_than_the_positions_they_ask_for(
             assert largest.numbers <= 16 * vocabulary  # the weight of the head
 
 
+def test_a_special_token_among_the_stop_strings_ends_a_continuation(tiny_llama: Make) -> None:
+    model, tokenizer = tiny_llama().eval(), number_tokenizer()
+    module = find_language_model(UserModule(model), "model")
+
+    def continued(until: list[str]) -> list[str]:
+        asked = Instance("generate_until", {}, ("5 6 7", {"max_gen_toks": 12, "until": until}), 0)
+        with evaluating(model):
+            (text,) = HarnessModel(module, tokenizer).generate_until([asked])
+        return text.split()
+
+    words = continued([])
+    place = next(place for place, word in enumerate(words) if place > 1 and word not in words[:place])
+    tokenizer.add_special_tokens({"additional_special_tokens": [words[place]]})
+    assert len(words) > place + 1
+    assert continued([words[place]]) == words[:place]
+
+
 def test_a_group_has_its_own_figures_and_each_measurement_the_same_examples(tiny_llama: Make, folder: Path) -> None:
     model = tiny_llama().eval()
     tasks = HarnessTasks(["next", "text"], include_path=folder, num_fewshot=2, limit=0.5, seed=7)
     tasks.load(Processes())
+    short = HarnessTasks(["last"], include_path=folder, max_length=6, limit=1)
+    short.load(Processes())
     module = find_language_model(UserModule(model), "model")
     with evaluating(model):
         first, second = (tasks.evaluate(module, number_tokenizer(), OutputHeads(), Processes()) for _ in range(2))
+        with pytest.warns(UserWarning, match=r"1 requests of the tasks \['last'\] are longer than .* rows of 6 tokens"):
+            short.evaluate(module, number_tokenizer(), OutputHeads(), Processes())
     assert first == second
     assert list(first) == ["text/word_perplexity", "text/bits_per_byte", "next/acc"]
     own = HFLM(pretrained=model, tokenizer=number_tokenizer(), batch_size=3)
