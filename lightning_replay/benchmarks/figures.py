@@ -1,15 +1,13 @@
 """What benchmarks measure: figures with their standard error, and which way is better."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from lightning_replay.utilities.validation import is_number
 
-__all__ = ["Figure", "drop", "figures_of_probe", "figures_of_tasks"]
+__all__ = ["ERROR", "Figure", "drop", "figures_of_tasks"]
 
-_ERROR = "_stderr"
+ERROR = "_stderr"
 """What the name of a standard error ends with, in the harness and in what a probe returns."""
 
 
@@ -39,41 +37,6 @@ def drop(figure: Figure, baseline: float) -> float | None:
     return baseline - figure.value if figure.higher_is_better else figure.value - baseline
 
 
-def figures_of_probe(name: str, measured: Any, lower_is_better: Collection[str]) -> dict[str, Figure]:
-    """The figures in what a probe returned, by name.
-
-    Args:
-        name: The probe's name.
-        measured: A number, or a mapping of numbers by metric. In a mapping, the standard error of ``"accuracy"`` is
-            ``"accuracy_stderr"``.
-        lower_is_better: The names of figures of which a lower one is better.
-
-    Raises:
-        TypeError: If it is something else.
-
-    Example:
-        >>> figures_of_probe("sums", {"right": 0.5, "right_stderr": 0.1}, ())
-        {'sums/right': Figure(value=0.5, error=0.1, higher_is_better=True)}
-    """
-    given = measured if isinstance(measured, Mapping) else {"": measured}
-    numbers = {metric: _number(name, value) for metric, value in given.items()}
-    figures = {}
-    for metric, value in numbers.items():
-        if metric.endswith(_ERROR) and metric.removesuffix(_ERROR) in numbers:
-            continue
-        key = f"{name}/{metric}" if metric else name
-        figures[key] = Figure(value, numbers.get(f"{metric}{_ERROR}"), key not in lower_is_better)
-    return figures
-
-
-def _number(name: str, value: Any) -> float:
-    if is_number(value) or (isinstance(value, Tensor) and value.numel() == 1):
-        return float(value)
-    raise TypeError(
-        f"The probe {name!r} returns a number, or a mapping of numbers by metric; got a {type(value).__name__}."
-    )
-
-
 def figures_of_tasks(results: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Figure]:
     """The figures in the harness's results, as ``<task>/<metric>``, with the filter as a third part if there is one.
 
@@ -97,9 +60,9 @@ def figures_of_tasks(results: Mapping[str, Any], asked: Sequence[str]) -> dict[s
         metrics = results["results"][task]
         for key, value in metrics.items():
             metric, comma, filter_ = key.partition(",")
-            if not comma or metric.endswith(_ERROR) or not is_number(value):
+            if not comma or metric.endswith(ERROR) or not is_number(value):
                 continue
-            error = metrics.get(f"{metric}{_ERROR},{filter_}")
+            error = metrics.get(f"{metric}{ERROR},{filter_}")
             name = f"{task}/{metric}" if filter_ == "none" else f"{task}/{metric}/{filter_}"
             figures[name] = Figure(float(value), float(error) if is_number(error) else None, directions.get(metric))
     return figures

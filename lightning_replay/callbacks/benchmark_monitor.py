@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_replay.benchmarks.figures import Figure, drop, figures_of_probe
+from lightning_replay.benchmarks.figures import Figure, drop
+from lightning_replay.benchmarks.probes import Probe, check_probes, figures_of_probe
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model, find_tokenizer
@@ -27,12 +28,9 @@ from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import check_package, is_whole
 
-__all__ = ["BenchmarkMonitor", "Probe"]
+__all__ = ["BenchmarkMonitor"]
 
 T = TypeVar("T")
-
-Probe = Callable[[LanguageModel, Any], float | Mapping[str, float]]
-"""Measures a language model, given its tokenizer, which is None if none is known."""
 
 _SECONDS, _BATCH = "benchmark/seconds", 8
 
@@ -52,10 +50,12 @@ class BenchmarkMonitor(Callback):
     - ``benchmark_drop/<task>/<metric>``: how much worse it is than at fit start; positive is worse. Left out if the
       task does not tell which way is better. A drop of less than about three standard errors may be noise.
 
-    ``benchmark/seconds`` is the time that the monitor has spent so far.
+    ``benchmark/seconds`` is the time that all such monitors of the Trainer have spent so far.
 
-    Tasks get the same answers as from the harness's own ``HFLM``, from any module that maps tokens to logits. A
-    beginning-of-sequence token is there once: if the tokenizer adds one by itself, or if a chat template has it.
+    Tasks get the same answers as from the harness's own ``HFLM``, up to rounding, and from any module that maps tokens
+    to logits. The beginning-of-sequence token stands once before a text, whether the tokenizer adds it, a chat template
+    has it or the harness asks for it. For a perplexity of whole texts, ``HFLM`` puts it there twice if the tokenizer
+    adds it by itself, so its figures differ from these, unless it is told ``add_bos_token=False``.
 
     Note:
         With several processes, each answers its share of a task's requests. With sharded weights, each answers all. A
@@ -130,7 +130,7 @@ class BenchmarkMonitor(Callback):
             )
         if not is_whole(seed, 0):
             raise ValueError(f"`seed` is a whole number, at least 0; got {seed!r}.")
-        _check_probes(self.probes, self.tasks, lower_is_better)
+        check_probes(self.probes, self.tasks, lower_is_better)
         of_tasks: dict[str, Any] = {
             "limit": limit,
             "num_fewshot": num_fewshot,
@@ -269,7 +269,8 @@ class BenchmarkMonitor(Callback):
         replay = _replay(trainer)
         if replay is not None:
             replay.monitoring_seconds += elapsed
-        values[_SECONDS] = self.seconds
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        values[_SECONDS] = sum(each.seconds for each in callbacks if isinstance(each, BenchmarkMonitor))
         self._measured_at = trainer.global_step
         self._values = values
         log_values(trainer, values, step)
@@ -319,24 +320,6 @@ def _names(tasks: Any) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`tasks` names tasks of lm-evaluation-harness, as in ['arc_easy']; got {tasks!r}.")
     return list(dict.fromkeys(names))
-
-
-def _check_probes(probes: Any, tasks: Sequence[str], lower_is_better: Collection[str]) -> None:
-    """Refuse probes without a name of their own or that can't be called, and directions of what is no probe's."""
-    for name, probe in probes.items():
-        if not isinstance(name, str) or not callable(probe):
-            raise TypeError(f"`probes` has a function under each name; got {probe!r} under {name!r}.")
-        if name in (*tasks, "seconds") or "/" in name:
-            raise ValueError(
-                f"A probe can't be named {name!r}: its figures are logged as `benchmark/<name>`, beside those of tasks "
-                "and `benchmark/seconds`, and a `/` stands before a metric."
-            )
-    foreign = sorted(name for name in lower_is_better if name.partition("/")[0] not in probes)
-    if isinstance(lower_is_better, str) or foreign:
-        raise ValueError(
-            f"`lower_is_better` names figures of `probes`, as in ['loss', 'sums/errors']; got {lower_is_better!r}, and "
-            f"the probes are {list(probes)}. Of tasks, it is known which way is better."
-        )
 
 
 def _replay(trainer: pl.Trainer) -> SelfGeneratedReplay | None:

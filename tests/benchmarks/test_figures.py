@@ -1,23 +1,10 @@
-import pytest
-import torch
-
-from lightning_replay.benchmarks.figures import Figure, drop, figures_of_probe, figures_of_tasks
+from lightning_replay.benchmarks.figures import Figure, drop, figures_of_tasks
 
 
 def test_a_drop_is_positive_for_the_worse_whichever_way_that_is() -> None:
     assert drop(Figure(0.25, higher_is_better=True), 0.5) == 0.25
     assert drop(Figure(3.0, higher_is_better=False), 2.5) == 0.5
     assert drop(Figure(3.0, higher_is_better=None), 2.5) is None
-
-
-def test_a_probe_returns_a_number_or_numbers_with_their_errors() -> None:
-    assert figures_of_probe("a", torch.tensor(0.5), ()) == {"a": Figure(0.5)}
-    assert figures_of_probe("a", {"x": 1, "x_stderr": 0.25, "y_stderr": 2.0}, ["a/x"]) == {
-        "a/x": Figure(1.0, 0.25, False),
-        "a/y_stderr": Figure(2.0),  # of nothing else, so a figure
-    }
-    with pytest.raises(TypeError, match="The probe 'a' returns a number, or .* got a list"):
-        figures_of_probe("a", {"x": [1, 2]}, ())
 
 
 def test_of_a_group_with_figures_of_its_own_the_tasks_in_it_are_left_out_unless_asked_for() -> None:
