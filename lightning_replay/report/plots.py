@@ -128,8 +128,8 @@ class Pictures:
                 dots = "o" if len(x) <= 40 else None
                 axis.plot(finite, y, marker=dots, markersize=3.5, **self.looks[run].line())
                 if run in bands:
-                    low, high = np.array(finite) - bands[run], np.array(finite) + bands[run]
-                    axis.fill_between(x, low, high, color=self.looks[run].color, alpha=0.15, linewidth=0)
+                    low, high = np.array(y) - bands[run], np.array(y) + bands[run]
+                    axis.fill_between(finite, low, high, color=self.looks[run].color, alpha=0.15, linewidth=0)
                 if run in limits:
                     axis.plot(*limits[run], **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.7})
                 if ends:

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -266,6 +267,8 @@ def test_a_drop_within_the_noise_of_its_benchmark_reads_as_noise(tmp_path: Path)
     assert page.cell("little", "drop") == ("+0.020 (noise)", 0.5 - 0.48, False)
     assert page.cell("much", "drop") == ("+0.120", 0.5 - 0.38, False)
     assert page.source.count("(noise)") == 1
+    ticks = re.findall(r">(0\.\d)</text>", page.source)  # the picture reaches from 0.3, 0.38 less two errors, to 0.65
+    assert ticks[:4] == ["0.3", "0.4", "0.5", "0.6"]
     assert page.cell("much", "benchmarks")[1] == 2.0
 
 
