@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlamaForCausalLM
 
-from lightning_replay import BenchmarkMonitor, LanguageModel
+from lightning_replay import BenchmarkMonitor, LanguageModel, SelfGeneratedReplay
+from tests.callbacks.test_forgetting_monitor import TwoModels
 from tests.helpers import process_runs
 from tests.helpers.modules import HandWritten, TokensModule, UserModule, mapping_loader, quiet_trainer, tensor_loader
 from tests.helpers.tasks import TASKS, number_tokenizer, write_tasks
@@ -199,6 +200,27 @@ def test_with_a_monitor_the_fit_is_bit_for_bit_what_it_is_without(tiny_llama: Ma
         assert without[1:] == beside[1:]
 
 
+def test_beside_replay_it_measures_the_model_that_replay_is_for_and_changes_nothing(tiny_llama: Make) -> None:
+    measured: list[Any] = []
+
+    def probe(model: LanguageModel, tokenizer: Any) -> float:
+        measured.append((model.module, tokenizer))
+        return noisy(model, tokenizer)
+
+    weights, tokenizer = [], number_tokenizer()
+    for monitors in ([], [BenchmarkMonitor(probes={"probe": probe}, every_n_steps=2)]):
+        replay = SelfGeneratedReplay(
+            replay_fraction=0.3, refill_rows=8, seed=0, language_model="model", tokenizer=tokenizer
+        )
+        module = TwoModels(tiny_llama(0), tiny_llama(1))
+        quiet_trainer(callbacks=[*monitors, replay]).fit(module, mapping_loader())
+        weights.append(torch.cat([weight.detach().flatten() for weight in module.parameters()]))
+    assert torch.equal(*weights)
+    assert len(measured) == 4
+    assert all(model is module.model and given is tokenizer for model, given in measured)
+    assert replay.monitoring_seconds > 0
+
+
 def test_the_harness_is_asked_for_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith(("lm_eval", "lightning_replay.benchmarks."))]:
         monkeypatch.delitem(sys.modules, name)
@@ -276,7 +298,8 @@ def test_what_tasks_need_is_refused_before_the_first_step(tiny_llama: Make, task
 @pytest.mark.slow
 def test_processes_share_the_requests_unless_the_weights_are_sharded(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    run_together(tmp_path, "benchmarked", "sharded_benchmarked")
+    run_together(tmp_path, "failing_probe", "benchmarked", "sharded_benchmarked")
+    assert both(tmp_path, "failing_probe") == ("RuntimeError: In process 1: ZeroDivisionError: no figures today",) * 2
     for name in ("benchmarked", "sharded_benchmarked"):
         first, second = both(tmp_path, name)
         alone = process_runs.RUNS[name](tmp_path / name)

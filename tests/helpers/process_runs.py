@@ -382,6 +382,21 @@ def sharded_benchmarked(folder: Path) -> Any:
     return benchmarked(folder, sharded=True)
 
 
+def failing_probe(folder: Path) -> str:
+    """A probe that fails in the last process alone."""
+
+    def probe(model: LanguageModel, tokenizer: Any) -> float:
+        if RANK == WORLD - 1:
+            raise ZeroDivisionError("no figures today")
+        return 1.0
+
+    try:
+        fit(None, 0.0, callbacks=[BenchmarkMonitor(probes={"a": probe})])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
 def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
     """The rows that the model sampled from itself to be measured on."""
     assert monitor.own_samples is not None
@@ -498,6 +513,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         monitored,
         benchmarked,
         sharded_benchmarked,
+        failing_probe,
         whole,
         sharded_kl,
         sharded_resumed,
