@@ -102,10 +102,12 @@ class HarnessTasks:
                     f"`lm-eval ls tasks` lists the names. Files of your own are read from `include_path`: {where}. "
                     "Without a network, the documents have to be on this machine."
                 ) from error
-        for task in loaded["tasks"].values():
-            shots = task.get_config("num_fewshot")
-            if self.num_fewshot is not None and shots != 0:  # a task that sets 0 takes none, as in the harness
-                shots = self.num_fewshot
+        own = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
+        without = [name for name, shots in own.items() if shots == 0 and self.num_fewshot]
+        if without:
+            rank_zero_warn(f"`num_fewshot` has no effect on {without}, whose files say that they take no examples.")
+        for name, task in loaded["tasks"].items():
+            shots = own[name] if self.num_fewshot is None or name in without else self.num_fewshot
             task.set_config(key="num_fewshot", value=shots or 0)
         return loaded
 
@@ -146,8 +148,8 @@ class HarnessTasks:
         harness = HarnessModel(model, tokenizer, self.batch_size, self.max_length, heads, processes, before_batch)
         with _quietly(processes.rank > 0):
             results = evaluate(
-                harness,
-                self._loaded,
+                lm=harness,
+                task_dict=self._loaded,
                 limit=self.limit,
                 bootstrap_iters=_RESAMPLES,
                 log_samples=False,

@@ -191,6 +191,23 @@ def test_a_group_has_its_own_figures_and_each_measurement_the_same_examples(tiny
     assert [figure.higher_is_better for figure in first.values()] == [False, False, True]
 
 
+def test_a_task_that_takes_no_examples_gets_none_as_in_the_harness(tiny_llama: Make, tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    without = json.loads((tmp_path / "choice.yaml").read_text()) | {"task": "alone", "num_fewshot": 0}
+    (tmp_path / "alone.yaml").write_text(json.dumps(without))
+    tasks = HarnessTasks(["alone", "choice"], include_path=tmp_path, num_fewshot=3)
+    with pytest.warns(UserWarning, match=r"`num_fewshot` has no effect on \['alone'\]"):
+        tasks.load(Processes())
+    model = tiny_llama().eval()
+    with evaluating(model):
+        figures = tasks.evaluate(find_language_model(model, None), number_tokenizer(), OutputHeads(), Processes())
+    own = HFLM(pretrained=model, tokenizer=number_tokenizer(), batch_size=3)
+    theirs = results(own, tmp_path, ["alone", "choice"], num_fewshot=3)
+    ours = {f"{name},none": figure.value for name, figure in figures.items()}
+    assert ours == pytest.approx({name: theirs[name] for name in ours})
+    assert ours["alone/acc,none"] != ours["choice/acc,none"]
+
+
 def test_what_continuations_can_not_be_asked_for_is_refused(tiny_llama: Make) -> None:
     harness = HarnessModel(find_language_model(tiny_llama(), None), number_tokenizer())
     for options, message in (
