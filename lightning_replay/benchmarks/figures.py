@@ -1,14 +1,19 @@
 """What benchmarks measure: figures with their standard error, and which way is better."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from lightning_replay.utilities.validation import is_number
 
-__all__ = ["ERROR", "Figure", "drop", "figures_of_tasks"]
+__all__ = ["ERROR", "Figure", "drop", "figures_of_tasks", "jackknife_error"]
+
+T = TypeVar("T")
 
 ERROR = "_stderr"
 """What the name of a standard error ends with, in the harness and in what a probe returns."""
+_PARTS = 100
+"""How many figures a standard error is made of at most, by leaving out a part of the documents for each."""
 
 
 class Figure(NamedTuple):
@@ -35,6 +40,28 @@ def drop(figure: Figure, baseline: float) -> float | None:
     if figure.higher_is_better is None:
         return None
     return baseline - figure.value if figure.higher_is_better else figure.value - baseline
+
+
+def jackknife_error(aggregate: Callable[[list[T]], float], values: Sequence[T]) -> float:
+    """The standard error of a figure of some documents, from the figures without a part of them at a time.
+
+    Each document is left out once, alone if there are up to 100 (Efron and Tibshirani 1993, An Introduction to the
+    Bootstrap, chapter 11).
+
+    Args:
+        aggregate: Makes the figure of the values of any documents.
+        values: The value of each document, at least two.
+
+    Example:
+        >>> round(jackknife_error(lambda values: sum(values) / len(values), [1.0, 2.0, 3.0]), 6)  # as of a mean
+        0.57735
+    """
+    parts = min(len(values), _PARTS)
+    without = [
+        aggregate([value for place, value in enumerate(values) if place % parts != part]) for part in range(parts)
+    ]
+    mean = sum(without) / parts
+    return math.sqrt((parts - 1) / parts * sum((figure - mean) ** 2 for figure in without))
 
 
 def figures_of_tasks(results: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Figure]:

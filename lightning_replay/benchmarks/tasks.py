@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from lightning_replay.benchmarks.figures import Figure, figures_of_tasks
+from lightning_replay.benchmarks.figures import ERROR, Figure, figures_of_tasks, jackknife_error
 from lightning_replay.benchmarks.harness import HarnessModel
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import LanguageModel
@@ -152,7 +153,7 @@ class HarnessTasks:
                 task_dict=self._loaded,
                 limit=self.limit,
                 bootstrap_iters=_RESAMPLES,
-                log_samples=False,
+                log_samples=True,
                 apply_chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=True,
             )
@@ -162,7 +163,17 @@ class HarnessTasks:
                 f"{harness.cut} requests of the tasks {self.names} are longer than the model's rows of "
                 f"{harness.max_length} tokens. Their beginning is cut off."
             )
+        self._add_errors(results)
         return figures_of_tasks(results, self.names)
+
+    def _add_errors(self, results: Any) -> None:
+        """Add the standard errors of perplexities of words and bytes, which the harness leaves out."""
+        for name, samples in results["samples"].items():
+            metrics = results["results"][name]
+            for metric, aggregate in self._loaded["tasks"][name].aggregation().items():
+                key = f"{metric}{ERROR},none"
+                if aggregate in (bits_per_byte, weighted_perplexity) and key in metrics and len(samples) > 1:
+                    metrics[key] = jackknife_error(aggregate, [sample[metric] for sample in samples])
 
 
 @contextmanager

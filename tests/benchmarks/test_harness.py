@@ -188,6 +188,7 @@ def test_a_group_has_its_own_figures_and_each_measurement_the_same_examples(tiny
     theirs = results(own, folder, ["next", "text"], **options)
     assert first["next/acc"].value == pytest.approx(theirs["next/acc,none"])
     assert first["next/acc"].error == pytest.approx(theirs["next/acc_stderr,none"])
+    assert all(figure.error is not None for figure in first.values())
     assert [figure.higher_is_better for figure in first.values()] == [False, False, True]
 
 
