@@ -8,6 +8,7 @@ from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.policies import Policy
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.buffers.shards import ReplayShards
+from lightning_replay.callbacks.benchmark_monitor import BenchmarkMonitor
 from lightning_replay.callbacks.budget import ForgettingBudget
 from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_replay.callbacks.replay_loss import KL, LwF, Mixed, NextToken, ReplayLoss
@@ -56,6 +57,7 @@ __all__ = [
     "EMA",
     "KL",
     "Adapter",
+    "BenchmarkMonitor",
     "Cached",
     "CausalLM",
     "ChatDataModule",

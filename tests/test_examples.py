@@ -118,6 +118,18 @@ def test_pictures_show_what_is_sampled_regularized_and_measured(scratch: Path, t
     assert figure("forgetting with replay:", said) < 0.3 * figure("forgetting without replay:", said)
 
 
+def test_a_benchmark_is_kept_by_replay_and_lost_without(scratch: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    (table,) = tables(printed("benchmarks_in_training.py", scratch, tmp_path))
+    assert [row[:2] for row in table[1:]] == [
+        [fraction, name] for fraction in ("0", "0.1") for name in ("second_half/acc", "loss")
+    ]
+    right_lost, loss_lost, right_kept, loss_kept = (float(row[-1]) for row in table[1:])
+    assert all(row[2] == "1.000" for row in table[1::2])  # the model can count
+    assert right_lost > 0.3 > 0.1 > right_kept
+    assert loss_lost > FORGOTTEN_WITHOUT_REPLAY > 0.3 * FORGOTTEN_WITHOUT_REPLAY > loss_kept
+
+
 def test_rows_generated_ahead_keep_what_their_model_knows(scratch: Path, tmp_path: Path) -> None:
     said = printed("generate_ahead.py", scratch, tmp_path)
     assert re.search(r"rows: 256 rows of 32 tokens, [\d,.]+ rows/s", said)

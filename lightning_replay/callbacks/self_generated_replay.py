@@ -132,8 +132,8 @@ class SelfGeneratedReplay(Callback):
         seed: Seed of sampling. By default the global seed at the first fit.
 
     Attributes:
-        monitoring_seconds: What the ``ForgettingMonitor`` callbacks of the Trainer have taken in
-            this fit; they add to it.
+        monitoring_seconds: What the monitors of the Trainer, of forgetting and of benchmarks, have taken in this fit;
+            they add to it.
 
     Raises:
         ValueError: If an argument is out of its range, or has no effect beside another.

@@ -4,14 +4,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import isnan
+from math import hypot, isnan, nan
 from pathlib import Path
 
 import numpy as np
 
 from lightning_replay.__about__ import __version__
 from lightning_replay.report.plots import Curve, Look, Pictures
-from lightning_replay.report.run_logs import MONITOR_SECONDS, NothingToReportError, RunLog, read_runs
+from lightning_replay.report.run_logs import (
+    BENCHMARK_SECONDS,
+    MONITOR_SECONDS,
+    NothingToReportError,
+    RunLog,
+    read_runs,
+)
 
 try:
     import jinja2
@@ -29,6 +35,7 @@ SECONDS = {
     "replay/sampling_seconds": "sampling",
     "replay/loss_seconds": "replay loss",
     MONITOR_SECONDS: "monitoring",
+    BENCHMARK_SECONDS: "benchmarks",
 }
 QUALITY = {
     "distinct_1": "Distinct tokens",
@@ -69,13 +76,17 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Column:
-    """One figure of each run; ``best`` selects the one to print in bold."""
+    """One figure of each run; ``best`` selects the one to print in bold.
+
+    If it is the difference between the first and the last of figures with standard errors, ``error`` is their key.
+    """
 
     key: str
     group: str
     title: str
     shown: str = ".3f"
     best: Callable[[Iterable[float]], float] | None = min
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +117,14 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     sets = sorted({name for run in runs for name in run.prior_sets})
     output.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(output, {run.name: Look.of(index) for index, run in enumerate(runs)})
-    sections = [_forgetting(runs, sets, new_loss, pictures), _time(runs, pictures), _quality(runs, pictures)]
+    benchmarks = sorted({name for run in runs for name in run.benchmarks})
+    sections = [_forgetting(runs, sets, new_loss, pictures)]
+    sections += [_benchmarks(runs, benchmarks, pictures)] if benchmarks else []
+    sections += [_time(runs, pictures), _quality(runs, pictures)]
     notes = [note for run in runs for note in run.notes]
     if left_out:
         notes.append(f"Left out, because they have no values of the callbacks: {', '.join(left_out)}.")
-    columns = _columns(runs, sets, new_loss)
+    columns = _columns(runs, sets, benchmarks, new_loss)
     page = _template().render(
         version=__version__,
         runs=runs,
@@ -137,7 +151,7 @@ def _new_loss(runs: Sequence[RunLog], wanted: str | None) -> str:
     return wanted
 
 
-def _columns(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str) -> list[_Column]:
+def _columns(runs: Sequence[RunLog], sets: Sequence[str], benchmarks: Sequence[str], new_loss: str) -> list[_Column]:
     """The columns of the table for which any run has a figure."""
     columns = [_Column(new_loss, "new task", new_loss)]
     for name in sets:
@@ -148,6 +162,14 @@ def _columns(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str) -> list
             _Column(f"prior_perplexity/{name}", name, "perplexity", ",.2f"),
             _Column(f"prior_accuracy/{name}", name, "accuracy", ".1%", max),
             _Column(f"prior_kl/{name}", name, "KL"),
+        ]
+    for name in benchmarks:
+        task, _, metric = name.partition("/")
+        error = f"benchmark_stderr/{name}"
+        columns += [
+            _Column(f"benchmark/{name}", task, metric or task, best=None),
+            _Column(error, task, "± standard error", best=None),
+            _Column(f"benchmark_drop/{name}", task, "drop", "+.3f", None, error),
         ]
     columns.append(_Column("replay/loss", "replay", "loss", best=None))
     columns += [_Column(key, "seconds", title, ".1f") for key, title in SECONDS.items()]
@@ -160,12 +182,21 @@ def _rows(runs: Sequence[RunLog], columns: Sequence[_Column]) -> list[list[_Cell
     for column in columns:
         values = [run.last(column.key) for run in runs]
         texts = ["–" if value is None else format(value, column.shown) for value in values]
+        texts = [f"{text} (noise)" if _is_noise(run, column) else text for run, text in zip(runs, texts, strict=True)]
         shown = {text: value for text, value in zip(texts, values, strict=True) if value is not None}
         ranked = [value for value in shown.values() if not isnan(value)]
         best = column.best(ranked) if column.best is not None and len(shown) > 1 and ranked else None
         for row, value, text in zip(rows, values, texts, strict=True):
             row.append(_Cell(value, text, best is not None and shown.get(text) == best))
     return rows
+
+
+def _is_noise(run: RunLog, column: _Column) -> bool:
+    """Whether a difference of two figures is less than two of its standard errors, as if they were independent."""
+    errors, value = run.values.get(column.error or "", {}), run.last(column.key)
+    if not errors or value is None:
+        return False
+    return abs(value) < 2 * hypot(errors[min(errors)], errors[max(errors)])
 
 
 def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pictures: Pictures) -> _Section:
@@ -214,6 +245,24 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
     return section
 
 
+def _benchmarks(runs: Sequence[RunLog], benchmarks: Sequence[str], pictures: Pictures) -> _Section:
+    section = _Section(
+        "Benchmarks",
+        "What each benchmark measures on the way; the band is two standard errors to each side. A drop is the change "
+        "for the worse since fit start. It is marked as noise in the table if it is less than two standard errors of a "
+        "difference between independent samples of documents. Both figures are of the same documents, so a smaller "
+        "drop can be real.",
+        small=True,
+    )
+    for name in benchmarks:
+        curves = _curves(runs, f"benchmark/{name}")
+        errors = {run.name: run.values.get(f"benchmark_stderr/{name}", {}) for run in runs if run.name in curves}
+        widths = {run: [2 * errors[run].get(int(step), nan) for step in steps] for run, (steps, _) in curves.items()}
+        section.add(pictures.lines(f"benchmark-{name}", curves, name, small=True, bands=widths), curves)
+        section.missing += _missing(runs, f"benchmark/{name}")
+    return section
+
+
 def _time(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
     section = _Section("Time", "The time that replay and monitoring took, in seconds over the whole run.")
     logged = {key: part for key, part in SECONDS.items() if any(key in run.values for run in runs)}
@@ -221,7 +270,8 @@ def _time(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
     if timed:
         parts = {part: [run.last(key) or 0.0 for run in timed] for key, part in logged.items()}
         section.pictures.append(pictures.bars("time", [run.name for run in timed], parts, "Seconds of the whole run"))
-    section.missing += [line for key in SECONDS for line in _missing(runs, key)]
+    wanted = [key for key in SECONDS if key in logged or key != BENCHMARK_SECONDS]  # benchmarks are not for every run
+    section.missing += [line for key in wanted for line in _missing(runs, key)]
     return section
 
 

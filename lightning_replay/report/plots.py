@@ -99,6 +99,7 @@ class Pictures:
         zero: bool = False,
         ends: bool = False,
         limits: Mapping[str, Curve] = MappingProxyType({}),
+        bands: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Markup:
         """Draw a curve for each run.
 
@@ -112,6 +113,7 @@ class Pictures:
             zero: Whether to draw a line at y = 0.
             ends: Whether to mark the end of each run.
             limits: A thin line for each run that has one, by name.
+            bands: How wide a band around the curve is to each side, for each run that has one, by name.
 
         Returns:
             SVG for a page that has a legend of its own.
@@ -125,6 +127,9 @@ class Pictures:
                 finite = [a if isfinite(a) and isfinite(b) else nan for a, b in zip(x, y, strict=True)]
                 dots = "o" if len(x) <= 40 else None
                 axis.plot(finite, y, marker=dots, markersize=3.5, **self.looks[run].line())
+                if run in bands:
+                    low, high = np.array(y) - bands[run], np.array(y) + bands[run]
+                    axis.fill_between(finite, low, high, color=self.looks[run].color, alpha=0.15, linewidth=0)
                 if run in limits:
                     axis.plot(*limits[run], **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.7})
                 if ends:

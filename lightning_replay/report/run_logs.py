@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
+__all__ = ["BENCHMARK_SECONDS", "MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
 
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
 MONITOR_SECONDS = "forgetting/seconds"
@@ -21,7 +21,9 @@ _MONITOR_KEYS = (
     "prior_kl/",
 )
 """Prefixes of the keys of ``ForgettingMonitor``; the name of a prior set follows."""
-_CALLBACK_KEYS = (*_MONITOR_KEYS, "replay/")
+BENCHMARK_SECONDS = "benchmark/seconds"
+"""The only key of ``BenchmarkMonitor`` that belongs to no benchmark."""
+_CALLBACK_KEYS = (*_MONITOR_KEYS, "benchmark/", "replay/")
 _SAMPLES = "replay/samples/text_summary"
 
 
@@ -55,6 +57,15 @@ class RunLog:
         """Names of the monitored prior sets, in alphabetical order, because CSV files keep no order."""
         of_sets = [key for key in self.values if key.startswith(_MONITOR_KEYS) and key != MONITOR_SECONDS]
         return sorted({key.partition("/")[2] for key in of_sets})
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Names of what ``BenchmarkMonitor`` measured, a task and its metric, in alphabetical order."""
+        return sorted(
+            key.removeprefix("benchmark/")
+            for key in self.values
+            if key.startswith("benchmark/") and key != BENCHMARK_SECONDS
+        )
 
     def last(self, key: str) -> float | None:
         """The last value of a key, or None if it was never logged."""

@@ -239,6 +239,35 @@ def test_packed_rows_of_a_peft_model_are_measured_as_those_of_the_model_in_it(ti
     assert baselines[1] == pytest.approx(baselines[0], rel=1e-6)
 
 
+def test_forgetting_of_fresh_adapters_is_that_of_pefts_comparison_of_methods(tiny_llama: Make) -> None:
+    """Mean token loss on texts cut to 768 tokens, after the fit minus before it with the adapters off."""
+    peft = pytest.importorskip("peft")
+    draw = torch.Generator().manual_seed(5)
+    texts = [torch.randint(3, 32, (length,), generator=draw).tolist() for length in (900, 40, 768, 1300, 2, 300)]
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1)
+    model = peft.get_peft_model(tiny_llama(max_position_embeddings=1024), config)
+
+    @torch.no_grad()
+    def mean_token_loss() -> float:
+        losses: list[float] = []
+        for text in texts:
+            row = torch.tensor(text[:768])
+            logits = model.eval()(row[None]).logits[0]
+            losses += F.cross_entropy(logits[:-1], row[1:], reduction="none").tolist()
+        return sum(losses) / len(losses)
+
+    with model.disable_adapter():
+        before = mean_token_loss()
+    held_out = [{"input_ids": torch.tensor([text[:768]])} for text in texts]
+    monitor = ForgettingMonitor({"texts": held_out}, every_n_steps=0, kl=False)
+    trainer = quiet_trainer(callbacks=[monitor])
+    trainer.fit(UserModule(model.train()), mapping_loader())
+    expected = mean_token_loss() - before
+    assert abs(expected) > 0.01
+    assert monitor.baseline["texts"] == pytest.approx(before, rel=1e-6)
+    assert float(trainer.callback_metrics["forgetting/texts"]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_packed_rows_for_a_model_that_takes_no_positions_are_refused() -> None:
     module = TokensModule(HandWritten())
     with pytest.raises(MisconfigurationException, match="HandWritten takes no argument of that name"):

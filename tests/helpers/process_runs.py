@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_replay import (
+    BenchmarkMonitor,
     Cached,
     ForgettingBudget,
     ForgettingMonitor,
@@ -39,6 +40,7 @@ from lightning_replay.data.batches import rows_in
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.sampling.draw import sample_rows
 from tests.helpers.modules import VOCABULARY, PlainDescent, Rows, mapping_loader, quiet_trainer
+from tests.helpers.tasks import TASKS, number_tokenizer, write_tasks
 
 GLOBAL_BATCH = 8
 TIMEOUT = int(os.environ.get("TEST_TIMEOUT", 60))
@@ -360,6 +362,41 @@ def monitored(folder: Path) -> Any:
     return seen | {"evaluated": evaluated.calls, "self_rows": self_rows(monitor)}
 
 
+def benchmarked(folder: Path, sharded: bool = False) -> Any:
+    """A task of each kind, in batches of five rows, and a probe of which each process makes something else."""
+    tasks = write_tasks(folder / f"tasks-{sharded}-{RANK}-of-{WORLD}")
+    monitor = BenchmarkMonitor(
+        TASKS,
+        {"rank": lambda *_: RANK + 1.0},
+        every_n_steps=2,
+        include_path=tasks,
+        batch_size=5,
+        tokenizer=number_tokenizer(),
+    )
+    evaluated = Evaluated(rows=5)
+    seen = fit(None, 0.0, callbacks=[monitor, evaluated], max_steps=4, sharded=sharded)
+    return seen | {"evaluated": evaluated.calls, "baseline": monitor.baseline}
+
+
+def sharded_benchmarked(folder: Path) -> Any:
+    return benchmarked(folder, sharded=True)
+
+
+def failing_probe(folder: Path) -> str:
+    """A probe that fails in the last process alone."""
+
+    def probe(model: LanguageModel, tokenizer: Any) -> float:
+        if RANK == WORLD - 1:
+            raise ZeroDivisionError("no figures today")
+        return 1.0
+
+    try:
+        fit(None, 0.0, callbacks=[BenchmarkMonitor(probes={"a": probe})])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
 def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
     """The rows that the model sampled from itself to be measured on."""
     assert monitor.own_samples is not None
@@ -367,14 +404,16 @@ def self_rows(monitor: ForgettingMonitor) -> list[list[int]]:
 
 
 class Evaluated(L.Callback):
-    """Counts the calls of the model outside of training on batches of four rows, as the prior sets have them."""
+    """Counts the calls of the model outside of training on batches of so many rows, as the prior sets have them."""
 
-    calls = 0
+    def __init__(self, rows: int = 4) -> None:
+        self.rows = rows
+        self.calls = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         def count(module: Any, arguments: Any, *_: Any) -> None:
-            self.calls += not module.training and len(arguments[0]) == 4
+            self.calls += not module.training and len(arguments[0]) == self.rows
 
         pl_module.model.register_forward_hook(count)  # type: ignore[union-attr]
 
@@ -472,6 +511,9 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         fails_at_first,
         background,
         monitored,
+        benchmarked,
+        sharded_benchmarked,
+        failing_probe,
         whole,
         sharded_kl,
         sharded_resumed,

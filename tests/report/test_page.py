@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -240,6 +241,35 @@ def test_the_drift_is_drawn_over_its_budget(tmp_path: Path) -> None:
     page = Page(tmp_path / "again")
     assert "Drift and its budget" in page.text
     assert page.source.count(thin) == 2  # one line a run
+
+
+def test_a_drop_within_the_noise_of_its_benchmark_reads_as_noise(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    for name, end in {"little": 0.48, "much": 0.38}.items():
+        rows = [
+            {
+                "benchmark/arc/acc": value,
+                "benchmark_stderr/arc/acc": error,
+                "benchmark_drop/arc/acc": 0.5 - value,
+                "benchmark/mine": 3.0,
+                "benchmark_drop/mine": 0.25,
+                "benchmark/seconds": 2.0,
+            }
+            for value, error in ((0.5, 0.03), (0.45, 0.1), (end, 0.04))  # the difference has an error of 0.05
+        ]
+        write_log(logs / name, rows)
+    written = report([logs], tmp_path / "page")
+    page = Page(tmp_path / "page")
+    assert {"benchmark-arc-acc.png", "benchmark-mine.png", "time.png"} <= {path.name for path in written}
+    assert [title for title in page.columns if title in ("arc", "mine")] == ["arc", "mine", "mine"]  # group and figure
+    assert page.cell("little", "acc") == ("0.480", 0.48, False)
+    assert page.cell("little", "± standard error") == ("0.040", 0.04, False)
+    assert page.cell("little", "drop") == ("+0.020 (noise)", 0.5 - 0.48, False)
+    assert page.cell("much", "drop") == ("+0.120", 0.5 - 0.38, False)
+    assert page.source.count("(noise)") == 1
+    ticks = re.findall(r">(0\.\d)</text>", page.source)  # the picture reaches from 0.3, 0.38 less two errors, to 0.65
+    assert ticks[:4] == ["0.3", "0.4", "0.5", "0.6"]
+    assert page.cell("much", "benchmarks")[1] == 2.0
 
 
 def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:

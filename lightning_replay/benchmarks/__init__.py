@@ -1,0 +1,1 @@
+"""Benchmarks of a language model that trains: tasks of lm-evaluation-harness, and what is made of their results."""
