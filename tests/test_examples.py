@@ -130,6 +130,25 @@ def test_a_benchmark_is_kept_by_replay_and_lost_without(scratch: Path, tmp_path:
     assert loss_lost > FORGOTTEN_WITHOUT_REPLAY > 0.3 * FORGOTTEN_WITHOUT_REPLAY > loss_kept
 
 
+@pytest.mark.slow
+def test_chats_of_its_own_keep_what_an_instruction_tuned_model_knows(scratch: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    arms = ["plain", "own chats, KL × 10", "other text, next-token × 1"]
+    command = ("instruct.py", scratch, tmp_path, "--output", str(tmp_path), "--arms", *arms)
+    (table,) = tables(printed(*command))
+    assert [row[0] for row in table] == ["arm", "before", *arms]
+    before, plain, own, _ = ([float(cell) for cell in row[1:]] for row in table[1:])
+    loss, kept = table[0].index("loss on answers") - 1, table[0].index("forgetting/self") - 1
+    assert plain[loss] < own[loss] < before[loss]
+    assert plain[kept] > FORGOTTEN_WITHOUT_REPLAY > 0.3 * FORGOTTEN_WITHOUT_REPLAY > own[kept] > before[kept] == 0
+
+    written = sorted((tmp_path / "runs").iterdir())
+    times = [file.stat().st_mtime_ns for file in written]
+    assert len(written) == 3
+    assert tables(printed(*command)) == [table]  # runs that are done are read
+    assert [file.stat().st_mtime_ns for file in written] == times
+
+
 def test_rows_generated_ahead_keep_what_their_model_knows(scratch: Path, tmp_path: Path) -> None:
     said = printed("generate_ahead.py", scratch, tmp_path)
     assert re.search(r"rows: 256 rows of 32 tokens, [\d,.]+ rows/s", said)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from budget import Held
+from capacity import Start
 from experiments import QUICK, cell, fill, perform
 from frontier import FEW, LONG, TELLING, all_arms
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
 from scipy.stats import spearmanr
+from verdict import Case
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 CLAIMS = [
@@ -85,6 +88,22 @@ def test_a_budget_is_held_against_a_larger_one_and_against_fixed_coefficients() 
     there, nowhere = held.against_fixed
     assert there == pytest.approx(0.3)  # the first is there at three quarters of its way; the last does not get there
     assert nowhere != nowhere
+
+
+def test_a_verdict_is_right_if_the_runs_that_it_speaks_of_gained_what_it_says() -> None:
+    def case(steps: float, more: float, losses: list[float], drift: float = 0.1) -> Case:
+        logged = {"train/loss": losses, "replay/drift": [drift], "replay/price": [2.0]}
+        result = {"points": [{"new_loss": 6.0}, {"new_loss": 4.0}], "budget": logged}
+        return Case(Start("", 16, 0, 9000, 1, 1.0), 0.1, result, steps, more, None)
+
+    falling = [6.0 - 0.3 * math.log(step + 1) for step in range(600)]
+    flat = [6.0, *[4.0] * 600]
+    assert case(0.2, 0.0, falling).least == pytest.approx(0.04)
+    found = [case(0.2, 0.0, falling), case(0.01, 0.2, flat), case(0.0, 0.01, flat), case(0.05, 0.0, flat, 0.01)]
+    assert [each.truth for each in found] == ["steps", "room", "nothing", "steps"]
+    assert [each.verdict.helps for each in found] == ["steps", "nothing", "nothing", "nothing"]
+    assert [each.is_right for each in found] == [True, False, True, False]
+    assert [each.is_clear for each in found] == [True, True, True, False]  # 0.05 is within 1.5 times of 0.04
 
 
 @pytest.fixture
@@ -169,6 +188,19 @@ def test_all_claims_are_tried_without_any_data(tmp_path: Path) -> None:
     for arm in ("KL × 10", PLAIN):
         losses = [float(line["prior_loss"]) for line in lines["methods"] if line["arm"] == arm]
         assert ends[arm] == pytest.approx(losses[-1] - losses[0])
+
+
+@pytest.mark.slow
+def test_verdicts_are_tried_without_any_data(tmp_path: Path) -> None:
+    command = [sys.executable, str(PAPER / "verdict.py"), "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    with (tmp_path / "verdict.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["width"], line["budget"]) for line in lines] == [("16", "0.1"), ("32", "0.1")]
+    assert all(line["verdict"] in ("steps", "room", "nothing", "unknown") for line in lines)
+    assert float(lines[0]["gain_with_larger_model"]) == pytest.approx(
+        float(lines[0]["new_loss"]) - float(lines[1]["new_loss"])
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,331 @@
+"""A real instruction-tuned model finetuned on chats: what it forgets, with and without replay.
+
+    pip install 'lightning-replay[peft]'
+    python examples/instruct.py --quick
+    python examples/instruct.py --model DIR_OR_HUB_NAME --new problems.jsonl --known stories=stories.txt \
+        --known plays=plays.txt --other spanish.txt --output runs/instruct
+
+New data are lines {"question": ..., "answer": ...}, as GSM8K has them; the loss is on the answers. The arms are plain
+finetuning, LoRA, replay of chats that the model samples itself, and replay of text of another kind. Each arm runs after
+the other, and a run that is done is not repeated, so the command can be stopped at any time.
+
+Measured before and after: the loss on held-out answers and the share of problems solved; forgetting on the model's own
+chats and on each known text; and the share of twenty instructions that are followed, such as "answer in JSON". Writes
+`instruct.csv` and prints a table. Takes a minute with --quick; 135 million parameters on two cores take half an hour an
+arm.
+"""
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import lightning as L
+import torch
+from quick import LENGTH, quick_folder
+
+from lightning_replay import (
+    BenchmarkMonitor,
+    CausalLM,
+    ChatDataModule,
+    ForgettingBudget,
+    ForgettingMonitor,
+    LanguageModel,
+    ReplayDataModule,
+    Sampling,
+    SelfGeneratedReplay,
+    TextDataModule,
+)
+from lightning_replay.utilities.io import atomic_write
+
+CHAT = Sampling(prompts="chat")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to finetune.
+
+    Attributes:
+        replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
+        from_other: Whether the replay rows are text of another kind, and not chats of the model's own.
+        module: Arguments of ``CausalLM``.
+    """
+
+    replay: Mapping[str, Any] | None = None
+    from_other: bool = False
+    module: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS = {
+    "plain": Arm(),
+    "LoRA": Arm(module={"adapter": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}),
+    "own chats, KL × 1": Arm({"coefficient": 1.0}),
+    "own chats, KL × 10": Arm({"coefficient": 10.0}),
+    "own chats, budget of 0.05": Arm({"coefficient": ForgettingBudget(0.05)}),
+    "own chats, next-token × 1": Arm({"loss": "ntp", "coefficient": 1.0}),
+    "other text, KL × 10": Arm({"coefficient": 10.0}, from_other=True),
+    "other text, next-token × 1": Arm({"loss": "ntp", "coefficient": 1.0}, from_other=True),
+}
+
+
+def lines_of(answer: str) -> list[str]:
+    """The lines that are not empty."""
+    return [line.strip() for line in answer.splitlines() if line.strip()]
+
+
+def has_keys(answer: str, *keys: str) -> bool:
+    """Whether an answer is a JSON object with these keys."""
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() == set(keys)
+
+
+INSTRUCTIONS: dict[str, Callable[[str], bool]] = {
+    "What is the capital of France? Answer with one word.": lambda a: len(a.split()) == 1,
+    "How many days are in a week? Answer with a number in digits only.": lambda a: a.strip(" .") == "7",
+    "Is fire cold? Answer with yes or no only.": lambda a: a.lower().strip(" .!") in ("yes", "no"),
+    "Name three fruits, one on each line, and nothing else.": lambda a: len(lines_of(a)) == 3,
+    "Name two colors as a list. Begin each line with a hyphen.": lambda a: (
+        len(lines_of(a)) == 2 and all(line.startswith("-") for line in lines_of(a))
+    ),
+    "Name two animals as a numbered list, such as 1. and 2.": lambda a: (
+        [line[:2] for line in lines_of(a)] == ["1.", "2."]
+    ),
+    'Write a JSON object with the keys "name" and "age" for Anna, who is 30. Write nothing else.': lambda a: has_keys(
+        a, "name", "age"
+    ),
+    "Write one sentence about dogs without the letter e.": lambda a: bool(a.strip()) and "e" not in a.lower(),
+    "Say that it is raining. Use capital letters only.": lambda a: a.isupper(),
+    "Say that it is raining. Use lower-case letters only.": lambda a: a.islower(),
+    "Write exactly five words about the sea.": lambda a: len(a.split()) == 5,
+    "What is rain? Use ten words at most.": lambda a: 0 < len(a.split()) <= 10,
+    "Is the sky blue? Begin your answer with the word Yes.": lambda a: a.strip().startswith("Yes"),
+    "Ask me what my name is. End with a question mark.": lambda a: a.strip().endswith("?"),
+    "Say hello in Spanish.": lambda a: "hola" in a.lower(),
+    "Say thank you in French.": lambda a: "merci" in a.lower(),
+    "Repeat this sentence and say nothing else: The cat sat on the mat.": lambda a: (
+        a.strip(' "') == "The cat sat on the mat."
+    ),
+    "Put a title for a story about a bear in square brackets. Write nothing else.": lambda a: bool(
+        re.fullmatch(r"\[[^\[\]]+\]", a.strip())
+    ),
+    "Write the first five letters of the alphabet, separated by commas.": lambda a: (
+        re.sub(r"\s", "", a).strip(".").lower() == "a,b,c,d,e"
+    ),
+    'Write one sentence about the moon in double quotes ("). Write nothing else.': lambda a: bool(
+        re.fullmatch(r'"[^"]+"', a.strip())
+    ),
+}
+"""Instructions whose answers a program can check, each with its check."""
+
+
+def answers(model: LanguageModel, tokenizer: Any, questions: list[str], new_tokens: int) -> list[str]:
+    """The model's likeliest answers to questions, each the beginning of a chat."""
+    found = []
+    for question in questions:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        network: Any = model.module
+        with torch.no_grad():
+            row = network.generate(**prompt.to(model.device), do_sample=False, max_new_tokens=new_tokens)[0]
+        found.append(tokenizer.decode(row[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def followed(model: LanguageModel, tokenizer: Any) -> dict[str, float]:
+    """The share of instructions that are followed, and its standard error."""
+    given = answers(model, tokenizer, list(INSTRUCTIONS), 48)
+    hits = [check(answer) for check, answer in zip(INSTRUCTIONS.values(), given, strict=True)]
+    return share(hits)
+
+
+def share(hits: list[bool]) -> dict[str, float]:
+    """How many of some are true, with the standard error of that share."""
+    rate = mean(hits)
+    return {"share": rate, "share_stderr": (rate * (1 - rate) / max(1, len(hits) - 1)) ** 0.5}
+
+
+def solves(problems: list[dict[str, str]], new_tokens: int) -> Callable[[LanguageModel, Any], dict[str, float]]:
+    """A probe: the share of problems whose last number is that of the answer."""
+
+    def last_number(text: str) -> str | None:
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return numbers[-1].replace(",", "") if numbers else None
+
+    def solved(model: LanguageModel, tokenizer: Any) -> dict[str, float]:
+        given = answers(model, tokenizer, [problem["question"] for problem in problems], new_tokens)
+        wanted = [last_number(problem["answer"]) for problem in problems]
+        pairs = zip(map(last_number, given), wanted, strict=True)
+        return share([number is not None and number == right for number, right in pairs])
+
+    return solved
+
+
+def problems_of(file: Path) -> list[dict[str, str]]:
+    """Questions and answers of a file of problems, or of one of chats with one question each."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        read = json.loads(line)
+        if "messages" in read:
+            said = {message["role"]: message["content"] for message in read["messages"]}
+            read = {"question": said["user"], "answer": said["assistant"]}
+        found.append({"question": read["question"], "answer": read["answer"]})
+    return found
+
+
+def write_chats(problems: list[dict[str, str]], file: Path) -> Path:
+    """Problems as chats."""
+    chats = [
+        [{"role": "user", "content": one["question"]}, {"role": "assistant", "content": one["answer"]}]
+        for one in problems
+    ]
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats), encoding="utf-8")
+    return file
+
+
+def finetune(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    """Do a run, and return what was measured: ``<key> before`` and ``<key>`` after."""
+    arm, folder = ARMS[name], options.output
+    problems = problems_of(options.new)
+    held_out, learned = problems[: options.held_out], problems[options.held_out :]
+
+    def text(file: str | Path) -> TextDataModule:
+        return TextDataModule(
+            file, options.model, options.length, batch_size=options.rows, document_separator="\n", max_documents=2000
+        )
+
+    def chats(some: list[dict[str, str]], file: str) -> ChatDataModule:
+        path = write_chats(some, folder / file)
+        share = 0.0 if some is learned else 0.5
+        return ChatDataModule(path, options.model, options.length, options.rows, validation_fraction=share)
+
+    L.seed_everything(seed, verbose=False)
+    new, batches = chats(learned, "learned.jsonl"), max(1, options.held_out // options.rows)
+    known = {title: text(file) for title, _, file in (each.partition("=") for each in options.known)}
+    forgetting = ForgettingMonitor(
+        {"answers": chats(held_out, "held_out.jsonl"), **known},
+        every_n_steps=0,
+        max_batches=batches,
+        self_rows=options.held_out // 2,
+        sampling=CHAT,
+        sequence_length=options.length,
+    )
+    solved = solves(held_out[: options.problems], options.length // 2)
+    benchmarks = BenchmarkMonitor(
+        probes={"instructions": followed, "solved": solved}, every_n_steps=0, tokenizer=new.tokenizer
+    )
+    callbacks: list[L.Callback] = [forgetting, benchmarks]
+    data = ReplayDataModule(new, 0.0)
+    if arm.replay is not None:
+        sampling = {} if arm.from_other else {"sampling": CHAT}
+        callbacks.insert(0, SelfGeneratedReplay(**arm.replay, **sampling, sequence_length=options.length))
+        real = {}
+        if arm.from_other:
+            other = text(options.other)
+            other.setup("fit")
+            real = {"prior": other.train_dataloader(), "prior_share": 1.0}
+        data = ReplayDataModule(new, options.replay_fraction, **real)
+    before = Before()
+    trainer = L.Trainer(
+        accelerator=options.device,
+        devices=1,
+        precision=options.precision,
+        max_steps=options.steps,
+        limit_val_batches=0,
+        callbacks=[*callbacks, before],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLM(options.model, options.learning_rate, schedule="constant", **arm.module), datamodule=data)
+    after = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return {f"{key} before": value for key, value in before.figures.items()} | after
+
+
+class Before(L.Callback):
+    """Keeps what the monitors measured before the first step."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Callbacks before this one have measured."""
+        self.figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def main() -> None:
+    """Do the runs that are missing, and print the table of all."""
+    options = options_of_the_command_line()
+    rows = []
+    for seed in options.seeds:
+        for name in options.arms:
+            file = options.output / "runs" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}.json"
+            if not file.exists():
+                figures = finetune(options, name, seed)
+                file.parent.mkdir(exist_ok=True)
+                with atomic_write(file) as temporary:
+                    temporary.write_text(json.dumps(figures, indent=1))
+            rows.append({"arm": name, "seed": seed} | json.loads(file.read_text()))
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with (options.output / "instruct.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    known = [each.partition("=")[0] for each in options.known]
+    columns = {
+        "loss on answers": "prior_loss/answers",
+        "problems solved": "benchmark/solved/share",
+        "instructions followed": "benchmark/instructions/share",
+        "forgetting/self": "forgetting/self",
+        **{f"forgetting, {name}": f"forgetting/{name}" for name in known},
+    }
+    print(f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", sep="\n")
+    before = [rows[0].get(f"{key} before", 0.0) for key in columns.values()]
+    print(f"| before | {' | '.join(f'{value:.3f}' for value in before)} |")
+    for name in options.arms:
+        of_arm = [row for row in rows if row["arm"] == name]
+        cells = [f"{mean(row[key] for row in of_arm):.3f}" for key in columns.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def options_of_the_command_line() -> argparse.Namespace:
+    """What to run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub name or local folder of an instruction-tuned model")
+    parser.add_argument("--new", type=Path, help="problems to finetune on: JSON Lines with question and answer")
+    parser.add_argument("--other", help="text of another kind to replay: a local file, a document a line")
+    parser.add_argument("--known", action="append", default=[], metavar="NAME=FILE", help="text to watch; repeatable")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    parser.add_argument("--rows", type=int, default=8, help="new rows in a batch")
+    parser.add_argument("--length", type=int, default=192, help="tokens in a row at most")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--replay-fraction", type=float, default=0.2)
+    parser.add_argument("--held-out", type=int, default=64, help="rows to measure on, of each text")
+    parser.add_argument("--problems", type=int, default=20, help="held-out problems to solve")
+    parser.add_argument("--device", default="cpu", help="Lightning's accelerator: cpu, cuda, auto")
+    parser.add_argument("--precision", default="32-true", help="Lightning's precision")
+    parser.add_argument("--output", type=Path, default=Path("runs/instruct"), help="folder for all files")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and texts, no download")
+    options = parser.parse_args()
+    if options.quick:
+        folder = quick_folder()
+        options.model, options.new, options.other = str(folder / "model"), folder / "new.jsonl", folder / "third.txt"
+        options.known = [f"counts={folder / 'prior.txt'}"]
+        options.length, options.learning_rate, options.steps, options.problems = LENGTH, 3e-3, 40, 4
+    elif not (options.model and options.new and options.other):
+        parser.error("--model, --new and --other are needed without --quick")
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+if __name__ == "__main__":
+    main()
