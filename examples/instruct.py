@@ -224,9 +224,9 @@ def finetune(options: argparse.Namespace, name: str, seed: int) -> dict[str, flo
     callbacks: list[L.Callback] = [forgetting, benchmarks]
     data = ReplayDataModule(new, 0.0)
     if arm.replay is not None:
-        sampling = {} if arm.from_other else {"sampling": CHAT}
+        sampling: dict[str, Any] = {} if arm.from_other else {"sampling": CHAT}
         callbacks.insert(0, SelfGeneratedReplay(**arm.replay, **sampling, sequence_length=options.length))
-        real = {}
+        real: dict[str, Any] = {}
         if arm.from_other:
             other = text(options.other)
             other.setup("fit")

@@ -134,8 +134,8 @@ def test_a_benchmark_is_kept_by_replay_and_lost_without(scratch: Path, tmp_path:
 def test_chats_of_its_own_keep_what_an_instruction_tuned_model_knows(scratch: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     arms = ["plain", "own chats, KL × 10", "other text, next-token × 1"]
-    command = ("instruct.py", scratch, tmp_path, "--output", str(tmp_path), "--arms", *arms)
-    (table,) = tables(printed(*command))
+    options = ["--output", str(tmp_path), "--arms", *arms]
+    (table,) = tables(printed("instruct.py", scratch, tmp_path, *options))
     assert [row[0] for row in table] == ["arm", "before", *arms]
     before, plain, own, _ = ([float(cell) for cell in row[1:]] for row in table[1:])
     loss, kept = table[0].index("loss on answers") - 1, table[0].index("forgetting/self") - 1
@@ -145,7 +145,7 @@ def test_chats_of_its_own_keep_what_an_instruction_tuned_model_knows(scratch: Pa
     written = sorted((tmp_path / "runs").iterdir())
     times = [file.stat().st_mtime_ns for file in written]
     assert len(written) == 3
-    assert tables(printed(*command)) == [table]  # runs that are done are read
+    assert tables(printed("instruct.py", scratch, tmp_path, *options)) == [table]  # runs that are done are read
     assert [file.stat().st_mtime_ns for file in written] == times
 
 
