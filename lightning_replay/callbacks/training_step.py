@@ -117,7 +117,7 @@ class ReplayStep:
                 weight = feed.weight
                 key = (seed, trainer.global_rank, trainer.fit_loop.total_batch_idx)
                 fresh = None if self.budget is None or not weight else _drawn_first(feed.drawn)
-                output, loss = self._on_replay_rows(model, reference, step, feed.drawn, key, fresh)
+                output, loss = self._on_replay_rows(model, reference, step, feed, key, fresh)
             share = None
             if self.budget is not None and _has_graph(output):
                 self.budget.observe_new_loss(_loss_of(output).detach())
@@ -163,22 +163,25 @@ class ReplayStep:
         model: LanguageModel,
         reference: Callable[[], ReferenceModel],
         step: Callable[[], Any],
-        drawn: ReplayRows | None,
+        feed: RowFeed,
         key: tuple[int, ...],
         fresh: ReplayRows | None,
     ) -> tuple[Any, Tensor | None]:
         """The output of the user's step, and the loss on the rows drawn for it.
 
-        The budget takes the drift on ``fresh``, the rows with the targets that it is measured on.
+        The budget takes the drift on ``fresh``, the rows with the targets that it is measured on. Where all processes
+        have to call the model equally often, it is measured in each, even if it does not count.
         """
-        output = step()
+        output, drawn = step(), feed.drawn
         if not _has_graph(output) or drawn is None:
             return output, None
         started = time.perf_counter()
         rows = drawn.to(model.device)
         tokens = rows.tokens[:, :-1]  # the last token of a row predicts nothing in it
-        is_loss = self.loss == DRIFT and fresh is drawn
-        measured = None if fresh is None or is_loss else fresh.to(model.device)
+        lockstep = self.budget is not None and feed.processes.lockstep
+        is_loss = self.loss == DRIFT and fresh is drawn and not lockstep
+        on = drawn if fresh is None and lockstep else fresh
+        measured = None if on is None or is_loss else on.to(model.device)
         drift: Tensor | None = None
 
         def reference_logits() -> Tensor:

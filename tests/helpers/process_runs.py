@@ -466,6 +466,16 @@ def sharded_live(folder: Path) -> Any:
     return fit(replay, 0.15, sharded=True)
 
 
+def sharded_budget(folder: Path, loss: Any = "kl") -> Any:
+    """One replay row in some steps, so that a process has nothing to measure the drift on."""
+    replay = SelfGeneratedReplay(loss, ForgettingBudget(1e-7), seed=5, refill_rows=3, uses_per_sample=2)
+    return fit(replay, 0.15, sharded=True)
+
+
+def sharded_budget_ntp(folder: Path) -> Any:
+    return sharded_budget(folder, "ntp")
+
+
 def killed(folder: Path) -> Any:
     """The last process is killed while it samples the second refill, as by the out-of-memory killer."""
     return _lose_the_last(folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -518,6 +528,8 @@ RUNS: dict[str, Callable[[Path], Any]] = {
         sharded_kl,
         sharded_resumed,
         sharded_live,
+        sharded_budget,
+        sharded_budget_ntp,
         killed,
         stuck,
     )

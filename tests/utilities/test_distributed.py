@@ -95,6 +95,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     run_together(
         together,
         *("whole", "resumed_from_2", "resumed_from_1", "sharded_kl", "sharded_resumed", "sharded_live"),
+        *("sharded_budget", "sharded_budget_ntp"),
     )
     return together, alone
 
@@ -281,6 +282,18 @@ def test_sharded_weights_train_sample_and_are_measured_as_whole_ones(folders: tu
     assert resumed["self_rows"] == first["self_rows"]
     for name in figures:
         assert resumed["metrics"][name] == first["metrics"][name]
+
+
+@pytest.mark.parametrize("name", ["sharded_budget", "sharded_budget_ntp"])
+def test_sharded_weights_hold_a_budget_as_whole_ones_do(folders: tuple[Path, Path], name: str) -> None:
+    together, alone = folders
+    first, second = both(together, name)
+    single = process_runs.RUNS[name](alone)
+    assert_trained_as_one_process(first, second, single)
+    for key in ("replay/drift", "replay/coefficient", "replay/price"):
+        figures = [run["metrics"][key] for run in (first, second)]
+        assert figures[0] == figures[1] == pytest.approx(single["metrics"][key], rel=1e-3)
+    assert first["metrics"]["replay/coefficient"] > 11
 
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])
