@@ -277,10 +277,15 @@ def test_an_interpolation_ends_at_the_finetuned_model_and_begins_at_the_one_befo
 
 def test_each_alternative_trains_what_it_says(tmp_path: Path, tiny: Alternative) -> None:
     model = str(tmp_path / tiny.model)
-    frozen, adapted = (replace(tiny, **change)._network(model) for change in ({"freeze": True}, {"osf": 0.5}))
+    changes: list[dict[str, Any]] = [{"freeze": True}, {"osf": 0.5}, {"lora_rank": 2, "embeddings": True}]
+    frozen, adapted, whole = (replace(tiny, **change)._network(model) for change in changes)
     trained = {name for name, weight in frozen.named_parameters() if weight.requires_grad}
     assert trained == {name for name in dict(frozen.named_parameters()) if "layers.1." in name} | {"model.norm.weight"}
     assert adapted.base_model.model.model.layers[0].self_attn.q_proj.osf_svd_params["default"]["S_low"].shape == (8,)
+    trained = {name for name, weight in whole.named_parameters() if weight.requires_grad and "lora" not in name}
+    assert trained == {"base_model.model.model.embed_tokens.modules_to_save.default.weight"}
+    tied = [whole.get_base_model().get_input_embeddings(), whole.get_base_model().get_output_embeddings()]
+    assert tied[0].weight is tied[1].weight
 
 
 def test_a_pull_adds_the_gradient_of_its_penalty(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:

@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def test_the_weight_of_an_adapter_scales_what_it_adds(base: Path) -> None:
     chosen = base.parent / "chosen"
     first, *_ = interpolate(checkpoint, NEW, weights=(0.5, 1.0), self_rows=4, save=chosen, save_weight=0.5).points
     assert first.new_loss == pytest.approx(loss_by_hand(load(base), NEW), rel=1e-6)
-    for layer in module.model.modules():
+    layers: Iterable[Any] = module.model.modules()
+    for layer in layers:
         if hasattr(layer, "lora_A"):
             layer.scaling["default"] *= 0.5
     tokens = torch.randint(32, (2, 9))

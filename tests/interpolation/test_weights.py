@@ -1,13 +1,17 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lightning_replay.interpolation.weights import set_weights, weights_of
 
 
 class Small(nn.Module):
+    steps: Tensor
+    scale: Tensor
+    left_out: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(64, 64, dtype=torch.bfloat16)
