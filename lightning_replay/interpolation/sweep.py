@@ -26,9 +26,10 @@ from lightning_replay.models.causal_lm import try_saving
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_tokenizer
 from lightning_replay.references.models import ReferenceModel
+from lightning_replay.references.own import check_same_tokens
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
-from lightning_replay.utilities.validation import is_number
+from lightning_replay.utilities.validation import is_number, is_whole
 
 __all__ = ["Interpolation", "InterpolationPoint", "interpolate"]
 
@@ -187,11 +188,19 @@ def interpolate(
             f"Each set of `prior` has a name of its own, other than {_NEW!r}, the new task's, and {_SELF!r}, that of "
             f"the model's own samples; got {names[1:]}."
         )
+    if max_batches is not None and not is_whole(max_batches, 1):
+        raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
+    if not is_whole(seed, 0):
+        raise ValueError(f"`seed` is a whole number, at least 0; got {seed!r}.")
     for name, loader in sets:
         check_set(name, loader, max_batches)
     own = own_samples_of(self_rows, sampling, sequence_length, prior is None, None, kl=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = find_tokenizer(new)
+    for folder in (finetuned, base):
+        if folder is not None and not Path(folder).is_file():
+            check_same_tokens(folder, tokenizer)
     with isolate_rng():
         model, before, after = ends(finetuned, base, module, language_model)
         if save is not None and not hasattr(model.module, "save_pretrained"):
@@ -203,8 +212,7 @@ def interpolate(
             try_saving(model.module, Path(save))
         model = model.on(model.module.to(device))
         before, after = ({name: part.to(device) for name, part in each.items()} for each in (before, after))
-        loaders = {name: _loader(data) for name, data in sets}
-        tokenizer = find_tokenizer(new)
+        loaders = {name: _loader(name, data, max_batches) for name, data in sets}
         found = _Sweep(model, before, after, loaders, max_batches, own, tokenizer, seed).measured(shares)
     chosen = save_weight
     if max_forgetting is not None:
@@ -245,8 +253,12 @@ def _checked(
     return shares
 
 
-def _loader(data: PriorSet) -> Batches:
-    return loader_of(data, "val_dataloader", None) if isinstance(data, pl.LightningDataModule) else data
+def _loader(name: str, data: PriorSet, max_batches: int | None) -> Batches:
+    if not isinstance(data, pl.LightningDataModule):
+        return data
+    loader = loader_of(data, "val_dataloader", None)
+    check_set(name, loader, max_batches)
+    return loader
 
 
 class _Before(ReferenceModel):
@@ -352,7 +364,10 @@ class _Sweep:
         generator.bind(self.model, self.tokenizer)
         length = self.own.length
         if length is None:
-            length = row_length(next(iter(self.loaders[_NEW])))
+            first = next(iter(self.loaders[_NEW]), None)
+            if first is None:
+                raise MisconfigurationException("`new` gave no batch, so nothing can be measured on it.")
+            length = row_length(first)
         self.own.draw(generator, self.model, self._reference, length, self.seed, lambda tokens: None)
 
     def _loss(self, name: str) -> float:

@@ -196,6 +196,8 @@ def test_the_global_random_state_stays(base: Path) -> None:
         ({"save_weight": 0.5}, "`save_weight` would have no effect"),
         ({"save": "s", "save_weight": 0.5, "max_forgetting": 0.1}, "both choose"),
         ({"max_forgetting": -0.1}, "`max_forgetting` is at least 0"),
+        ({"max_batches": 0}, "`max_batches` is at least 1"),
+        ({"seed": -1}, "`seed` is a whole number"),
         ({"prior": {"new": PRIOR}}, "a name of its own"),
         ({"prior": {"prior": PRIOR}, "sequence_length": 8}, "`sequence_length` would have no effect"),
         ({"base": None}, "`base` is missing"),
@@ -221,6 +223,20 @@ def test_models_of_other_shapes_are_refused(base: Path, tiny_llama: Any, changes
     tiny_llama(**changes).to(dtype).save_pretrained(base.parent / "other")
     with pytest.raises(MisconfigurationException, match=message):
         interpolate(base.parent / "other", NEW, base=base)
+
+
+def test_data_of_another_tokenizer_are_refused(base: Path, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(base.parent / "base")
+    tokenizer.add_tokens(["new"])
+    (tmp_path / "new.txt").write_text(" ".join(WORDS * 40))
+    with pytest.raises(MisconfigurationException, match="1 tokens differ, such as 'new'"):
+        interpolate(base, TextDataModule(tmp_path / "new.txt", tokenizer, 16), base=base)
+
+
+def test_a_set_without_batches_is_refused(base: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="`new` gave no batch"):
+        interpolate(base, [], base=base)
 
 
 def saved_by(module: L.LightningModule, folder: Path, *callbacks: L.Callback) -> Path:
