@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alternatives import DEFAULT, Alternative, Pull, fisher_information
+from alternative_runs import Alternative, Pull, fisher_information
+from alternatives import DEFAULT
 from alternatives import PAPER as PAPERS
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from budget import Held, exchange
