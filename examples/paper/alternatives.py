@@ -129,9 +129,9 @@ def settings(lab: Lab, level: float) -> dict[str, dict[str, dict[str, Any]]]:
     return {
         "a tenth of the rate": {"": slow},
         "LoRA, rank 4": swept((1.0, 3.0, 10.0), lora_rank=4),
-        "LoRA, rank 16": swept((1.0, 3.0, 10.0), lora_rank=16),
-        "LoRA, full rank": swept((0.3, 1.0, 3.0), lora_rank=width),
-        "LoRA, rank 16, and embeddings": swept((0.3, 1.0, 3.0), lora_rank=16, embeddings=True),
+        "LoRA, rank 16": swept((0.3, 1.0, 3.0), lora_rank=16),
+        "LoRA, full rank": swept((0.1, 0.3, 1.0), lora_rank=width),
+        "LoRA, rank 16, and embeddings": swept((0.1, 0.3, 1.0), lora_rank=16, embeddings=True),
         "lower half frozen": swept((0.3, 1.0, 3.0), freeze=True),
         "OSF": swept((0.1, 0.3, 1.0), osf=0.5),
         "L2-SP": pulled("L2-SP", (0.0001, 0.001, 0.01)),
