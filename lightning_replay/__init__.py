@@ -52,6 +52,7 @@ from lightning_replay.sampling.sampling import Sampling
 if TYPE_CHECKING:
     from lightning_replay.data.chat import ChatDataModule
     from lightning_replay.data.text import TextDataModule
+    from lightning_replay.interpolation.sweep import Interpolation, InterpolationPoint, interpolate
 
 __all__ = [
     "EMA",
@@ -64,6 +65,8 @@ __all__ = [
     "Copy",
     "ForgettingBudget",
     "ForgettingMonitor",
+    "Interpolation",
+    "InterpolationPoint",
     "KLDrift",
     "LanguageModel",
     "LogitTransform",
@@ -94,6 +97,7 @@ __all__ = [
     "forward_kl",
     "forward_transfer",
     "generate_rows",
+    "interpolate",
     "intransigence",
     "jensen_shannon",
     "linear_divergence",
@@ -106,8 +110,13 @@ __all__ = [
     "top_k_log_probs",
 ]
 
-_LATER = {"ChatDataModule": "lightning_replay.data.chat", "TextDataModule": "lightning_replay.data.text"}
-"""What is imported when it is first used: `datasets`, which it needs, takes as long to import as all else here."""
+_LATER = {
+    "ChatDataModule": "lightning_replay.data.chat",
+    "TextDataModule": "lightning_replay.data.text",
+    **dict.fromkeys(("Interpolation", "InterpolationPoint", "interpolate"), "lightning_replay.interpolation.sweep"),
+}
+"""What is imported when it is first used: `datasets`, which the first two need, takes as long to import as all else
+here, and few programs interpolate."""
 
 
 def __getattr__(name: str) -> Any:

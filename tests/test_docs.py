@@ -41,7 +41,7 @@ def test_every_script_is_named_in_the_guide() -> None:
     scripts = [path.relative_to(ROOT / "examples").as_posix() for path in (ROOT / "examples").rglob("*.py")]
     shared = {"arms", "experiments", "runs", "quick"}
     claims = set(re.findall(r"import (\w+)", (ROOT / "examples/paper/run_all.py").read_text(encoding="utf-8")))
-    unnamed = {Path(script).stem for script in scripts if f"]({script})" not in guide}
+    unnamed = {Path(script).stem for script in scripts if f"({script})" not in guide}
     assert unnamed <= shared | claims
 
 

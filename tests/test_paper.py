@@ -1,24 +1,38 @@
 """The scripts that try the paper's claims."""
 
 import csv
+import importlib
+import importlib.metadata
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from alternative_runs import Alternative, Pull, fisher_information
+from alternatives import DEFAULT
+from alternatives import PAPER as PAPERS
 from arms import PLAIN, at_one_loss, difference, loss_after, removed
 from budget import Held
 from capacity import Start
 from experiments import QUICK, cell, fill, perform
 from frontier import FEW, LONG, TELLING, all_arms
+from lightning.pytorch import Trainer
 from objectives import OBJECTIVES
 from runs import Finetuning, Point, Pretraining, Text, Trajectory, at_new_loss, forgetting
 from scipy.stats import spearmanr
+from transformers import LlamaForCausalLM
 from verdict import Case
+
+from lightning_replay import CausalLM, forward_kl, sample_rows
+from lightning_replay.models.language_model import find_language_model
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 CLAIMS = [
@@ -279,3 +293,189 @@ def test_what_replay_keeps_is_compared_with_its_time(tmp_path: Path) -> None:
     ratio = float(time["seconds"]) / float(time["plain_seconds"])
     assert cells[-1] == f"{ratio:.2f} ({ratio:.2f} to {ratio:.2f}) |"
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, pretraining: Pretraining) -> Alternative:
+    """A short finetuning of a tiny model."""
+    new = tmp_path / "new.txt"
+    new.write_text("el gato está en la mesa. " * 200)
+    model = replace(pretraining, steps=5).run(tmp_path)["kept"]["5"]
+    return Alternative(model, pretraining.text, Text(str(new)), 0, 1e-2, 4, 2, rows=8, length=32, held_out=8)
+
+
+def test_an_interpolation_ends_at_the_finetuned_model_and_begins_at_the_one_before(
+    tmp_path: Path, tiny: Alternative
+) -> None:
+    result = replace(tiny, sweep=(0.0, 0.5, 1.0)).run(tmp_path)
+    ends, losses = (result["points"][0], result["points"][-1]), ("new_loss", "prior_loss")
+    # Lightning keeps what is logged in 32 bits.
+    assert [[np.float32(result["sweep"][place][loss]) for loss in losses] for place in (0, 2)] == [
+        [end[loss] for loss in losses] for end in ends
+    ]
+    assert ends[1]["new_loss"] < result["sweep"][1]["new_loss"] < ends[0]["new_loss"]
+    assert result["bytes"] == pytest.approx(4 * 4 * Pretraining(tiny.prior, 16, 0, 1, 1).parameters, rel=0.01)
+
+
+def test_each_alternative_trains_what_it_says(tmp_path: Path, tiny: Alternative) -> None:
+    model = str(tmp_path / tiny.model)
+    changes: list[dict[str, Any]] = [{"freeze": True}, {"osf": 0.5}, {"lora_rank": 2, "embeddings": True}]
+    frozen, adapted, whole = (replace(tiny, **change)._network(model) for change in changes)
+    trained = {name for name, weight in frozen.named_parameters() if weight.requires_grad}
+    assert trained == {name for name in dict(frozen.named_parameters()) if "layers.1." in name} | {"model.norm.weight"}
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.osf_svd_params["default"]["S_low"].shape == (8,)
+    trained = {name for name, weight in whole.named_parameters() if weight.requires_grad and "lora" not in name}
+    assert trained == {"base_model.model.model.embed_tokens.modules_to_save.default.weight"}
+    tied = [whole.get_base_model().get_input_embeddings(), whole.get_base_model().get_output_embeddings()]
+    assert tied[0].weight is tied[1].weight
+
+
+def test_a_pull_adds_the_gradient_of_its_penalty(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    module, before = CausalLM(tiny_llama(seed=1)), tiny_llama(seed=2)
+    pull = Pull(0.3, 8, 0, fisher=True)
+    pull.first = [weight.detach() for weight in before.parameters()]
+    pull.importances = [torch.rand_like(weight) for weight in before.parameters()]
+    for weight in module.parameters():
+        weight.grad = torch.zeros_like(weight)
+    pull.on_before_optimizer_step(Trainer(logger=False), module, None)
+    penalty = torch.stack(
+        [
+            (importance * (weight - first).square()).sum()
+            for weight, first, importance in zip(module.parameters(), pull.first, pull.importances, strict=True)
+        ]
+    ).sum()
+    for weight, expected in zip(
+        module.parameters(), torch.autograd.grad(0.15 * penalty, list(module.parameters())), strict=True
+    ):
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, expected)
+
+
+def test_the_fisher_information_is_the_curvature_of_the_divergence(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+) -> None:
+    model = tiny_llama(initializer_range=0.3)
+    described = find_language_model(model, None)
+    rows = sample_rows(described, [[1]] * 2000, 8, torch.Generator().manual_seed(0)).tokens
+    information = dict(zip(dict(model.named_parameters()), fisher_information(model, rows), strict=True))
+    with torch.no_grad():
+        before = model(rows).logits[:, :-1]
+        weight, step = model.model.norm.weight, 0.02
+        weight[3] += step
+        divergence = float(forward_kl(model(rows).logits[:, :-1], before))
+    assert divergence / (step**2 / 2) == pytest.approx(float(information["model.norm.weight"][3]), rel=0.1)
+
+
+@pytest.fixture
+def avalanche_ewc(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Avalanche's EWC alone: importing all of the package takes torchvision."""
+    try:
+        folder = Path(str(importlib.metadata.distribution("avalanche-lib").locate_file("avalanche")))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("compares with Avalanche: pip install --no-deps avalanche-lib")
+    stands_for: dict[str, dict[str, Any]] = {
+        "avalanche": {},
+        "avalanche.benchmarks": {"OnlineCLExperience": object},
+        "avalanche.models": {},
+        "avalanche.models.utils": {"avalanche_forward": lambda model, x, task_labels: model(x)},
+        "avalanche.training": {},
+        "avalanche.training.plugins": {},
+        "avalanche.training.plugins.strategy_plugin": {"SupervisedPlugin": object},
+    }
+    for name, held in stands_for.items():
+        package = ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        vars(package).update(held)
+        monkeypatch.setitem(sys.modules, name, package)
+    yield importlib.import_module("avalanche.training.plugins.ewc").EWCPlugin
+    for name in [name for name in sys.modules if name.startswith("avalanche.")]:
+        del sys.modules[name]
+
+
+@pytest.mark.integration
+def test_fisher_information_and_penalty_are_avalanche_s(
+    tiny_llama: Callable[..., LlamaForCausalLM], avalanche_ewc: Any
+) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_llama()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(tokens).logits[:, :-1].flatten(0, 1)
+            return logits
+
+    model, rows = Logits(), torch.randint(32, (6, 9))
+    plugin = avalanche_ewc(ewc_lambda=0.7)
+    dataset = [(row, row[1:], 0) for row in rows]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    theirs = plugin.compute_importances(
+        model, lambda logits, y: torch.nn.functional.cross_entropy(logits, y.flatten()), optimizer, dataset, "cpu", 1
+    )
+    ours = fisher_information(model.model, rows)
+    for name, information in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(information, theirs[name].data * 8)  # a token's share: theirs is of mean losses
+
+    before = [weight.detach().clone() for weight in model.parameters()]
+    plugin.importances[0], plugin.saved_params[0] = (
+        theirs,
+        {
+            name: SimpleNamespace(expand=lambda shape, kept=kept: kept)
+            for name, kept in zip(theirs, before, strict=True)
+        },
+    )
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1)
+    strategy = SimpleNamespace(
+        clock=SimpleNamespace(train_exp_counter=1), model=model, device="cpu", loss=torch.zeros(())
+    )
+    plugin.before_backward(strategy)
+    expected = torch.autograd.grad(strategy.loss, list(model.parameters()))
+    module = CausalLM(model.model)
+    for weight in module.parameters():
+        weight.grad = torch.zeros_like(weight)
+    pull = Pull(2 * 0.7 / 8, 9, 0, fisher=True)  # they leave out the half
+    pull.first, pull.importances = before, ours
+    pull.on_before_optimizer_step(Trainer(logger=False), module, None)
+    for weight, gradient in zip(module.parameters(), expected, strict=True):
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+@pytest.mark.slow
+def test_alternatives_to_replay_are_compared_without_any_data(tmp_path: Path) -> None:
+    script = str(PAPER / "alternatives.py")
+    command = [sys.executable, script, "--quick", "--workers", "1", "--output", str(tmp_path)]
+    subprocess.run([*command, "--steps", "3", "--every", "1", "--seeds", "0", "1"], check=True)
+
+    with (tmp_path / "alternatives.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    kept = [line for line in lines if line["chosen"] == "True"]
+    assert {line["seed"] for line in kept} == {"0", "1"}
+    assert {line["seed"] for line in lines if line["chosen"] == "False"} == {"0"}
+    fits = [line for line in kept if not line["weight"]]
+    ends: dict[tuple[str, str], dict[str, str]] = {(line["arm"], line["seed"]): line for line in fits}
+    level = max(float(ends[arm, seed]["new_loss"]) for arm in (DEFAULT, PAPERS) for seed in "01")
+
+    table = [line.split(" | ") for line in (tmp_path / "alternatives.md").read_text().splitlines()]
+    shown = {cells[0].removeprefix("| "): cells for cells in table if len(cells) == 9}
+    arms = {line["arm"] for line in kept}
+    assert arms <= shown.keys()
+    assert len(shown) == 2 + len(arms) + 2  # header and rule; two interpolations
+    assert shown["arm"][2] == f"forgetting at {level:.2f}"
+    assert shown["L2-SP"][-1] == "1.25 |"
+    assert shown["EWC"][-1] == "1.50 |"
+
+    def forgotten(arm: str, seed: str, sweep: bool) -> float:
+        points = [line for line in kept if (line["arm"], line["seed"], bool(line["weight"])) == (arm, seed, sweep)]
+        losses, prior = ([float(line[name]) for line in points] for name in ("new_loss", "prior_loss"))
+        return float(np.interp(-level, [-loss for loss in losses], prior)) - prior[0]
+
+    for arm, row, sweep in ((PAPERS, PAPERS, False), (PLAIN, f"{PLAIN}, interpolated", True)):
+        ours = [forgotten(arm, seed, sweep) for seed in "01"]
+        theirs = [forgotten(PLAIN, seed, False) for seed in "01"]
+        assert shown[row][2] == cell(ours)
+        assert shown[row][3] == cell([1 - our / their for our, their in zip(ours, theirs, strict=True)], ".1%")
+    assert (tmp_path / "alternatives.png").read_bytes().startswith(b"\x89PNG")

@@ -129,6 +129,9 @@ class Finetuning(Run):
     self_rows: ClassVar[int] = 0
     """Samples of the model's own to measure on as well. They change nothing else in the run."""
 
+    kl: ClassVar[bool] = True
+    """Whether to measure KL divergences. They change nothing else either."""
+
     def run(self, folder: Path) -> dict[str, Any]:
         """Train; returns ``points``, as ``Point`` has them, and what a budget logged at each step, by key."""
         model = str(folder / self.model) if (folder / self.model).is_dir() else self.model
@@ -144,9 +147,16 @@ class Finetuning(Run):
         L.seed_everything(self.seed, verbose=False)
         module = CausalLM(self._network(model), self.learning_rate, schedule=self.schedule)
         data = ReplayDataModule(new, self.replay_fraction if replay else 0.0, prior=real, prior_share=1.0)
-        recorder = Recorder(sets, self.every, "new", self.until, self_rows=self.self_rows)
+        recorder = Recorder(sets, self.every, "new", self.until, self.kl, self.self_rows)
+        besides = self._train(module, data, recorder, replay)
+        return {"points": recorder.points, "budget": recorder.budget} | besides
+
+    def _train(
+        self, module: CausalLM, data: ReplayDataModule, recorder: "Recorder", replay: SelfGeneratedReplay | None
+    ) -> dict[str, Any]:
+        """Fit; returns what the run gives besides what the recorder keeps."""
         train(module, data, recorder, self.steps, replay)
-        return {"points": recorder.points, "budget": recorder.budget}
+        return {}
 
     def _network(self, model: str) -> Any:
         if self.lora_rank is None:
@@ -370,16 +380,15 @@ class Keeper(Callback):
 
 
 def train(
-    module: L.LightningModule, data: ReplayDataModule, recorder: Recorder, steps: int, callback: Callback | None
+    module: L.LightningModule, data: ReplayDataModule, recorder: Recorder, steps: int, *callbacks: Callback | None
 ) -> None:
     """Fit on one CPU core, with nothing logged but what the recorder keeps."""
-    callbacks = [callback, recorder]
     with quiet_lightning():
         L.Trainer(
             accelerator="cpu",
             max_steps=steps,
             limit_val_batches=0,
-            callbacks=[callback for callback in callbacks if callback is not None],
+            callbacks=[callback for callback in (*callbacks, recorder) if callback is not None],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

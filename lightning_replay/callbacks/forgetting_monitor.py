@@ -1,8 +1,7 @@
 """The callback that measures forgetting during training, on held-out prior data or on the model's own samples."""
 
-import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,17 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_replay.callbacks.measuring import update_metrics
-from lightning_replay.callbacks.own_samples import SampleDrift, own_samples_of
-from lightning_replay.callbacks.prior_sets import PriorSet, check_set, checked_inputs, named_sets
+from lightning_replay.callbacks.measuring import measure_set
+from lightning_replay.callbacks.own_samples import own_samples_of
+from lightning_replay.callbacks.prior_sets import PriorSet, check_set, named_sets
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
-from lightning_replay.data.batches import Batches, ModelInputs
+from lightning_replay.data.batches import Batches
 from lightning_replay.data.prior import loader_of
-from lightning_replay.metrics import KLDrift, TokenAccuracy, TokenLoss
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import LanguageModel, find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
@@ -348,43 +344,40 @@ class ForgettingMonitor(Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
         model = self._model
         assert model is not None
-        own = self.own_samples if name == _SELF else None
         reference = self._keeper(trainer).get(trainer, model) if self.kl else None
-        loss, accuracy = TokenLoss().to(pl_module.device), TokenAccuracy().to(pl_module.device)
-        sharded = is_sharded(trainer)
-        drift = (KLDrift() if own is None else SampleDrift(sync_on_compute=not sharded)).to(pl_module.device)
-        rank, processes = (0, 1) if sharded else (trainer.global_rank, trainer.world_size)
+        found = measure_set(
+            name,
+            self._own_share(trainer, name),
+            model,
+            reference,
+            self._heads,
+            pl_module.device,
+            self.own_samples if name == _SELF else None,
+            shared=not is_sharded(trainer),
+            context=trainer.precision_plugin.val_step_context,
+        )
+        baseline = self.baseline.setdefault(name, found.loss)
+        values = {
+            f"forgetting/{name}": found.loss - baseline,
+            f"prior_loss/{name}": found.loss,
+            f"prior_perplexity/{name}": float(torch.tensor(found.loss, dtype=torch.float64).exp()),
+            f"prior_accuracy/{name}": found.accuracy,
+        }
+        if found.kl is None:
+            return values
+        if found.kl_error is None:
+            return values | {f"prior_kl/{name}": found.kl}
+        return values | {f"forgetting/{name}": found.kl, f"forgetting_error/{name}": found.kl_error}
+
+    def _own_share(self, trainer: pl.Trainer, name: str) -> Iterator[Any]:
+        """The batches of a set that this process measures."""
+        rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
         for index, batch in enumerate(self._loaders[name]):
-            if index == self.max_batches and own is None:
+            if index == self.max_batches and name != _SELF:
                 break
             heed_sigterm(trainer)
-            if index % processes != rank:
-                continue
-            inputs = checked_inputs(name, batch, model)
-            targets = inputs.targets.to(pl_module.device)
-            with trainer.precision_plugin.val_step_context():
-                call = functools.partial(_logits, inputs=inputs, device=pl_module.device)
-                update_metrics(self._heads, model, reference, call, targets, loss, accuracy, drift)
-            if isinstance(drift, SampleDrift) and own is not None:
-                drift.end_batch(own.sizes(targets))
-        with loss.sync_context():
-            empty = not loss.count
-        if empty:
-            raise MisconfigurationException(
-                f"The prior set {name!r} gave no batch with a token to predict, so nothing can be measured on it. Pass "
-                "a loader that can be read more than once, with at least one row of two tokens."
-            )
-        prior_loss = _value(loss)
-        baseline = self.baseline.setdefault(name, prior_loss)
-        values = {
-            f"forgetting/{name}": prior_loss - baseline,
-            f"prior_loss/{name}": prior_loss,
-            f"prior_perplexity/{name}": float(torch.tensor(prior_loss, dtype=torch.float64).exp()),
-            f"prior_accuracy/{name}": _value(accuracy),
-        }
-        if isinstance(drift, SampleDrift):
-            return values | {f"forgetting/{name}": _value(drift), f"forgetting_error/{name}": drift.standard_error()}
-        return values if reference is None else values | {f"prior_kl/{name}": _value(drift)}
+            if index % processes == rank:
+                yield batch
 
     def _language_model(self, trainer: pl.Trainer) -> str | None:
         """The path of the language model: this callback's, or else that of the Trainer's ``SelfGeneratedReplay``."""
@@ -399,20 +392,3 @@ class ForgettingMonitor(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         keepers = (callback.reference for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
         return next((keeper for keeper in keepers if keeper.is_model_at_fit_start), self._own_reference)
-
-
-def _logits(model: LanguageModel, inputs: ModelInputs, device: torch.device) -> Tensor:
-    """The logits of a model on a batch, given what the user's own call gives it.
-
-    Padding on the right needs no mask. Packed rows keep theirs: whether a model then keeps documents apart is up to it.
-    """
-    if not inputs.has_own_positions:
-        return model.logits(inputs.tokens.to(device))
-    mask, positions = inputs.attention_mask, inputs.position_ids
-    assert positions is not None
-    return model.logits(inputs.tokens.to(device), None if mask is None else mask.to(device), positions.to(device))
-
-
-def _value(metric: Metric) -> float:
-    value: Tensor = metric.compute()
-    return float(value)

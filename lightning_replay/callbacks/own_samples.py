@@ -1,7 +1,7 @@
 """Rows that the model itself wrote before it was trained, held out to measure what it forgets."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -90,14 +90,42 @@ class OwnSamples:
             if length is None:
                 own = processes.run_on_all_ranks(functools.partial(row_length, batch))
                 length = max(length for (length,) in processes.gather_ints(own))
-            generator.check_length(length, model)
             seed = torch.initial_seed() if replay is None or replay.seed is None else replay.seed
-            seed = held_out_seed(processes.broadcast(seed))
-            with isolate_rng(), refill_bar(trainer, self.rows * length) as advance, source.active() as active:
-                held, _ = generator.generate(active, self.rows, length, seed, advance, processes)
+            seed = processes.broadcast(seed)
+            with refill_bar(trainer, self.rows * length) as advance:
+                self.draw(generator, model, source, length, seed, advance, processes)
         finally:
             processes.close()
-        self._rows_in_sample = 1 if sampling.is_chat else generator.piece_length(length, model) // length
+
+    def draw(
+        self,
+        generator: RowGenerator,
+        model: LanguageModel,
+        source: ReferenceModel,
+        length: int,
+        seed: int,
+        advance: Callable[[int], Any],
+        processes: Processes = Processes(),  # noqa: B008
+    ) -> None:
+        """Sample the rows, given all that they depend on; all processes call this.
+
+        Args:
+            generator: Makes the rows; bound to the model.
+            model: The model that trains.
+            source: The model to sample.
+            length: Tokens in a row.
+            seed: Seed of the run: these rows have a random stream of their own beside it.
+            advance: Called with the number of tokens drawn since it was last called.
+            processes: Those that share the work.
+
+        Raises:
+            MisconfigurationException: As for ``sample``.
+            RuntimeError: If filters drop every sample.
+        """
+        generator.check_length(length, model)
+        with isolate_rng(), source.active() as active:
+            held, _ = generator.generate(active, self.rows, length, held_out_seed(seed), advance, processes)
+        self._rows_in_sample = 1 if generator.sampling.is_chat else generator.piece_length(length, model) // length
         if len(held.tokens) <= self._rows_in_sample:
             raise MisconfigurationException(
                 f"The {len(held.tokens)} held-out rows are of one sample of {self._rows_in_sample * length} tokens, "

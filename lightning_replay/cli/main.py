@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_replay.__about__ import __version__
 from lightning_replay.cli import fit
+from lightning_replay.interpolation.sweep import interpolate
 from lightning_replay.report.run_logs import NothingToReportError
 from lightning_replay.sampling.generate import generate_rows
 
@@ -58,7 +59,19 @@ def _generate(output: Path, **settings: Any) -> None:
     print(f"{output} holds {done.rows:,} rows, {done.new_rows:,} of them made now{speed}.")
 
 
-_RUN: dict[str, Callable[..., None]] = {"demo": _demo, "report": _report, "generate": _generate}
+def _interpolate(picture: Path | None, **settings: Any) -> None:
+    found = interpolate(**settings)
+    print(found.table())
+    if picture is not None:
+        found.plot(picture)
+
+
+_RUN: dict[str, Callable[..., None]] = {
+    "demo": _demo,
+    "report": _report,
+    "generate": _generate,
+    "interpolate": _interpolate,
+}
 
 
 class _Help(DefaultHelpFormatter):
@@ -115,6 +128,18 @@ def _parser() -> ArgumentParser:
     generate.add_argument("--config", action="config", help="A YAML file with the settings.")
     generate.add_function_arguments(generate_rows, as_group=False)
     commands.add_subcommand("generate", generate, help="Write replay rows that a model generates to a folder.")
+
+    interpolation = ArgumentParser(
+        formatter_class=_Help,
+        parser_mode="omegaconf+",
+        description="Measure the models between the one before a fit and the finetuned one, and save one of them. "
+        "Example: lightning-replay interpolate --finetuned last.ckpt --new TextDataModule --new.data new.txt "
+        "--new.tokenizer gpt2 --max_forgetting 0.1 --save chosen",
+    )
+    interpolation.add_argument("--config", action="config", help="A YAML file with the settings.")
+    interpolation.add_function_arguments(interpolate, as_group=False)
+    interpolation.add_argument("--picture", type=Path | None, default=None, help="A file for the picture.")
+    commands.add_subcommand("interpolate", interpolation, help="Interpolate between a model before and after a fit.")
 
     for name, what in fit.COMMANDS.items():
         commands.add_subcommand(name, ArgumentParser(), help=what)

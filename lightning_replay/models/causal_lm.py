@@ -22,7 +22,7 @@ from lightning_replay.models.language_model import is_adapted
 from lightning_replay.utilities.distributed import is_sharded
 from lightning_replay.utilities.validation import check_choice, is_number, is_whole
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "try_saving"]
 
 Schedule = Literal["cosine", "constant"]
 
@@ -151,7 +151,7 @@ class CausalLM(pl.LightningModule):
                 "out and export the model from a checkpoint."
             )
         if self.trainer.is_global_zero:
-            _try_saving(self.model, self.save_to)
+            try_saving(self.model, self.save_to)
 
     @override
     def on_fit_end(self) -> None:
@@ -207,7 +207,7 @@ def _loaded(model: str | Path, options: dict[str, Any], trust_remote_code: bool)
     return loaded
 
 
-def _try_saving(model: Any, folder: Path) -> None:
+def try_saving(model: Any, folder: Path) -> None:
     """Save a model without its weights in a folder, and remove it again: finds most reasons why it can't be saved.
 
     Raises:

@@ -12,15 +12,17 @@ from lightning_replay.models.language_model import LanguageModel
 from lightning_replay.references.adapters import DisabledAdapter, adapter_is_idle
 from lightning_replay.references.checkpoint import SavesReferenceBeside, read_reference
 from lightning_replay.references.models import ReferenceModel, SavedReference
-from lightning_replay.references.reference import Reference
+from lightning_replay.references.reference import EMA, Reference
 
-__all__ = ["ReferenceKeeper"]
+__all__ = ["ReferenceKeeper", "saved_reference"]
 
 _CHECKPOINT_KEY = "lightning_replay_reference"
 
 
 _UNTRAINED_KEY = "lightning_replay_untrained"
 """In checkpoints whose weights are those at fit start."""
+_AVERAGE_KEY = "lightning_replay_average"
+"""In checkpoints whose reference is no longer the model at fit start, but an average."""
 
 
 class _NotTaken(NamedTuple):
@@ -131,6 +133,8 @@ class ReferenceKeeper:
             checkpoint[self._key] = reference.state_dict() if isinstance(reference, SavedReference) else None
         elif isinstance(self._state, _Restored):
             checkpoint[self._key] = self._state.weights
+        if isinstance(self.reference, EMA):
+            checkpoint[_AVERAGE_KEY] = True
 
     def load(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
         """Take the reference from a checkpoint, if it holds or names one.
@@ -143,10 +147,7 @@ class ReferenceKeeper:
         key = self._key if self._key in checkpoint else _CHECKPOINT_KEY
         if key not in checkpoint:
             return
-        saved = checkpoint[key]
-        # The name of a file is text. A weight never is.
-        named = saved is not None and isinstance(saved.get("file"), str)
-        self._state = _Restored(read_reference(saved, trainer.ckpt_path) if named else saved)
+        self._state = _Restored(_read(checkpoint[key], trainer.ckpt_path))
 
     def _take(self, trainer: pl.Trainer, model: LanguageModel) -> ReferenceModel:
         weights = self._state.weights if isinstance(self._state, _Restored) else None
@@ -175,3 +176,41 @@ class ReferenceKeeper:
                 return
             io = io.wrapped
         trainer.strategy.checkpoint_io = SavesReferenceBeside(outermost, self._key)
+
+
+def saved_reference(checkpoint: Mapping[str, Any], path: Any) -> Mapping[str, Tensor] | None:
+    """The weights of the model before the fit, of a checkpoint that holds or names them.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: Its path.
+
+    Returns:
+        None if it needs none, as if they are the model's own under a fresh adapter; empty if it holds no reference.
+
+    Raises:
+        MisconfigurationException: If its reference is not the model before the fit, or a file is missing or altered.
+    """
+    keys = [key for key in checkpoint if key.partition("/")[0] == _CHECKPOINT_KEY]
+    if not keys:
+        return {}
+    # A monitor has one of its own if that of replay is not exactly the model before.
+    key = next((key for key in keys if key != _CHECKPOINT_KEY), _CHECKPOINT_KEY)
+    saved = _read(checkpoint[key], path)
+    other = "a moving average" if key == _CHECKPOINT_KEY and _AVERAGE_KEY in checkpoint else None
+    if saved is not None and saved.keys() == {"logits"}:
+        other = "another model than the one that trained"
+    if other is not None:
+        raise MisconfigurationException(
+            f"The reference in {path} is {other}, not the model before the fit. Pass that as `base`."
+        )
+    return saved
+
+
+def _read(saved: Any, path: Any) -> Mapping[str, Tensor] | None:
+    """What a checkpoint holds of a reference, or what is in the file that it names."""
+    # The name of a file is text. A weight never is.
+    if saved is not None and isinstance(saved.get("file"), str):
+        return read_reference(saved, path)
+    weights: Mapping[str, Tensor] | None = saved
+    return weights

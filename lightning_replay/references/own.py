@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import override
 
-from lightning_replay.models.language_model import LanguageModel, find_language_model, find_tokenizer
+from lightning_replay.models.language_model import LanguageModel, find_language_model
 from lightning_replay.references.independence import check_unused
 from lightning_replay.references.models import LiveModel, SavedReference
 from lightning_replay.references.probe import probe_logits, probe_tokens
@@ -101,14 +100,16 @@ def load_own(
     return find_language_model(module, path)
 
 
-def check_same_tokens(given: str | os.PathLike[str] | nn.Module, trainer: pl.Trainer) -> None:
+def check_same_tokens(given: str | os.PathLike[str] | nn.Module, ours: Any) -> None:
     """Refuse a folder or name whose tokenizer has other tokens than that of the run, as far as both are known.
+
+    Args:
+        given: The folder or name; of a module, no tokenizer is known.
+        ours: The tokenizer of the run; None if it is not known.
 
     Raises:
         MisconfigurationException: With a token that differs.
     """
-    holders = [*trainer.callbacks, trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
-    ours = find_tokenizer(*holders)
     if isinstance(given, nn.Module) or ours is None:
         return
     if Path(given).is_dir() and not any(Path(given).glob("tokenizer*")):
@@ -121,7 +122,7 @@ def check_same_tokens(given: str | os.PathLike[str] | nn.Module, trainer: pl.Tra
     differs = sorted(token for token in ids.keys() | other.keys() if ids.get(token) != other.get(token))
     if differs:
         raise MisconfigurationException(
-            f"The reference in {str(given)!r} has another tokenizer than the run: {len(differs):,} tokens differ, "
+            f"The model in {str(given)!r} has another tokenizer than the run: {len(differs):,} tokens differ, "
             f"such as {differs[0]!r} ({other.get(differs[0])} there, {ids.get(differs[0])} here). Its distributions "
-            "are over other tokens, so it can't be compared with the model. Use a reference with the same tokenizer."
+            "are over other tokens, so it can't be compared. Use a model with the same tokenizer."
         )

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
 
-from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.models.language_model import LanguageModel, find_tokenizer
 from lightning_replay.references.adapters import DisabledAdapter, adapter_is_idle
 from lightning_replay.references.models import FrozenCopy, MovingAverage, ReferenceModel
 from lightning_replay.references.offloaded import OffloadedCopy
@@ -321,7 +321,8 @@ class Model(Reference):
             MisconfigurationException: If it can't be loaded, is no causal language model, has another vocabulary or
                 tokenizer, or computes with weights of the model that trains.
         """
-        check_same_tokens(self.model, trainer)
+        holders = [*trainer.callbacks, trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
+        check_same_tokens(self.model, find_tokenizer(*holders))
         return OwnModel(load_own(self.model, self.language_model, self.options, model.device), model)
 
 
