@@ -96,7 +96,9 @@ def _parser() -> ArgumentParser:
         description="Write a page of the logs of runs: forgetting, new task, time, samples. "
         "Example: lightning-replay report runs",
     )
-    report.add_argument("runs", type=Path, nargs="+", help="Folder with CSV or TensorBoard logs in it.")
+    report.add_argument(
+        "runs", type=Path, nargs="+", help="Folder with logs: CSV, TensorBoard, Weights & Biases, MLflow files."
+    )
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="Folder for the page.")
     report.add_argument(
         "--new_loss",

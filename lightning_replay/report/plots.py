@@ -99,6 +99,7 @@ class Pictures:
         zero: bool = False,
         ends: bool = False,
         limits: Mapping[str, Curve] = MappingProxyType({}),
+        marks: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Markup:
         """Draw a curve for each run.
 
@@ -112,6 +113,7 @@ class Pictures:
             zero: Whether to draw a line at y = 0.
             ends: Whether to mark the end of each run.
             limits: A thin line for each run that has one, by name.
+            marks: Values of x to mark with vertical lines, by name of the run.
 
         Returns:
             SVG for a page that has a legend of its own.
@@ -127,6 +129,8 @@ class Pictures:
                 axis.plot(finite, y, marker=dots, markersize=3.5, **self.looks[run].line())
                 if run in limits:
                     axis.plot(*limits[run], **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.7})
+                for place in marks.get(run, ()):
+                    axis.axvline(place, **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.45})
                 if ends:
                     axis.plot(finite[-1:], y[-1:], marker="o", markersize=7, color=self.looks[run].color)
             axis.set(title=_short(title), xlabel=x_label, ylabel=y_label)
