@@ -64,10 +64,8 @@ def final_figures(
     keys = [f"forgetting/{name}" for name in sets]
     of_text = [key for key, name in zip(keys, sets, strict=True) if name != OWN_SAMPLES]
     columns = [
-        _Column("steps", lambda run: run.steps, ".0f", None),
         _Column("average accuracy", lambda run: _of(matrices.get(run.name), "average_accuracy"), ".1%", max),
         _Column("backward transfer", lambda run: _of(matrices.get(run.name), "backward_transfer"), "+.3f", max),
-        _logged(new_loss, new_loss),
     ]
     if len(of_text) > _SETS_AT_MOST:
         several = f"forgetting of {len(of_text)} sets"
@@ -78,7 +76,11 @@ def final_figures(
         keys = [key for key in keys if key not in of_text]
     columns += [_logged(key, f"forgetting of {key.partition('/')[2]}", "+.3f") for key in keys]
     parts = list(seconds)
-    columns.append(_Column("added seconds", lambda run: _sum(_last(run, parts)), ".1f"))
+    columns += [
+        _logged(new_loss, new_loss),
+        _Column("steps", lambda run: run.steps, ".0f", None),
+        _Column("added seconds", lambda run: _sum(_last(run, parts)), ".1f"),
+    ]
     return _table("", runs, columns)
 
 

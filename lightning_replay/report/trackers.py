@@ -125,7 +125,7 @@ def _mlflow_meta(folder: Path) -> dict[str, Any]:
 def read_mlflow(folder: Path) -> Tracked:
     """Read a run from its folder in MLflow's file store: a file for each key, with a line for each value.
 
-    MLflow's own client is not used: from 3.7 on it refuses to open a file store unless an environment variable is set.
+    MLflow's own client is not used: recent releases refuse to open a file store unless an environment variable is set.
     """
     tracked = Tracked(str(_mlflow_meta(folder).get("run_name") or ""), {}, {}, True)
     metrics = folder / "metrics"

@@ -243,9 +243,9 @@ def test_of_many_sets_the_first_table_has_the_mean_and_the_worst(tmp_path: Path)
     write_log(tmp_path / "run", [forgetting | {"forgetting/self": 0.75}])
     report([tmp_path / "run"], tmp_path / "page")
     page = Page(tmp_path / "page")
-    titles = ["", "steps", "forgetting of 5 sets, mean", "forgetting of 5 sets, worst", "forgetting of self"]
+    titles = ["", "forgetting of 5 sets, mean", "forgetting of 5 sets, worst", "forgetting of self", "steps"]
     assert page.tables[""].columns == titles
-    assert [value for _, value, _ in page.tables[""].rows["run"]] == [0.0, 0.25, 0.5, 0.75]
+    assert [value for _, value, _ in page.tables[""].rows["run"]] == [0.25, 0.5, 0.75, 0.0]
     assert page.cell("run", "forgetting", "c")[1] == 0.25
 
 
