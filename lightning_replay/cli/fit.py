@@ -7,10 +7,15 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
+from lightning_replay.cli.help import Help, brief
+from lightning_replay.data.chat import ChatDataModule
 from lightning_replay.data.replay import ReplayDataModule
+from lightning_replay.data.text import TextDataModule
 from lightning_replay.models.causal_lm import CausalLM
 
-__all__ = ["COMMANDS", "run"]
+__all__ = ["COMMANDS", "KNOWN", "run"]
 
 COMMANDS = {
     "fit": "Finetune a model with replay, as a config file describes.",
@@ -18,14 +23,29 @@ COMMANDS = {
     "test": "Measure a model on the test rows.",
     "predict": "Compute the loss of each row, for callbacks that write predictions.",
 }
+KNOWN = (SelfGeneratedReplay, ForgettingMonitor, TextDataModule, ChatDataModule)
+"""Classes whose name suffices in ``--data.data.help=NAME`` and the like: those that have been imported."""
 _EXAMPLE = "Example: lightning-replay {name} --config examples/configs/text.yaml --model.model DIR_OR_HUB_NAME"
+_MORE = (
+    "All settings: lightning-replay {name} --help=full\n"
+    "Those of a callback, a datamodule or a loss: --trainer.callbacks.help=SelfGeneratedReplay, "
+    "--data.data.help=TextDataModule, --trainer.callbacks.loss.help=KL and so on."
+)
+_SHOWN = (
+    *("help", "config", "print_config", "ckpt_path"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.callbacks", "trainer.logger"),
+    *("model.model", "model.learning_rate", "model.adapter", "model.save_to"),
+    *("data.data", "data.replay_fraction", "data.buffer", "data.prior"),
+)
+"""Settings in the brief help."""
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str], full_help: bool = False) -> None:
     """Run one of the ``COMMANDS``.
 
     Args:
         arguments: The command and its options, as in ``["fit", "--config", "run.yaml"]``.
+        full_help: Whether ``--help`` lists all settings.
     """
     # `${model.model}` refers to the config that it is in, although this is one subcommand's part of all settings.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -35,7 +55,15 @@ def run(arguments: Sequence[str]) -> None:
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "prog": "lightning-replay",
-            **{name: {"description": f"{what} {_EXAMPLE.format(name=name)}"} for name, what in COMMANDS.items()},
+            "formatter_class": Help if full_help else brief(_SHOWN),  # subcommands take it over
+            **{
+                name: {
+                    "usage": f"lightning-replay {name} [--config FILE] [--SETTING VALUE ...]",
+                    "description": f"{what}\n{_EXAMPLE.format(name=name)}",
+                    "epilog": _MORE.format(name=name),
+                }
+                for name, what in COMMANDS.items()
+            },
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,  # CausalLM has its own
@@ -47,3 +75,7 @@ class _CommandLine(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**{"parser_mode": "omegaconf+"} | kwargs)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without a warning that the process has arguments, too

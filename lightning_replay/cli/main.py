@@ -1,49 +1,76 @@
 """The `lightning-replay` command."""
 
 import sys
-import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from typing_extensions import override
 
 from lightning_replay.__about__ import __version__
 from lightning_replay.cli import fit
+from lightning_replay.cli.help import FULL, Help, brief
 from lightning_replay.interpolation.sweep import interpolate
-from lightning_replay.report.run_logs import NothingToReportError
 from lightning_replay.sampling.generate import generate_rows
 
 __all__ = ["main"]
 
+DEBUG = "--debug"
+"""The option that shows the traceback of an error."""
+
+
+_TOLD = (ImportError, MisconfigurationException, OSError, ValueError)
+"""Errors that say what to do instead."""
+_INTERRUPTED = 130
+"""As shells have it for a process that SIGINT ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command with the given arguments, those of the process by default."""
+    """Run the command with the given arguments, those of the process by default.
+
+    Exits with 0 after success, 1 if the command failed, 2 if an argument is wrong, and 130 if it was interrupted. What
+    a user did is answered with a message alone; with ``--debug``, the full traceback is shown.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    debug, full_help = DEBUG in given, FULL in given
+    given = ["--help" if argument == FULL else argument for argument in given if argument != DEBUG]
     try:
-        if given[:1] and given[0] in fit.COMMANDS:
-            fit.run(given)
-            return
-        parser = _parser()
-        config = parser.parse_args(given)
-        command = config.pop("command")
-        settings = parser.instantiate_classes(config)[command]
-        settings.pop("config", None)
-        _RUN[command](**settings)
-    except (ModuleNotFoundError, NothingToReportError, MisconfigurationException, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        _run(given, full_help)
+    except SystemExit as wrong_argument:
+        if debug and wrong_argument.__context__ is not None:
+            traceback.print_exception(wrong_argument.__context__)
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        raise SystemExit(_INTERRUPTED) from None
+    except (*_TOLD, RuntimeError, TypeError) as error:
+        if debug:
+            raise
+        print(str(error) or type(error).__name__, file=sys.stderr)
+        if not isinstance(error, _TOLD):  # it may be no mistake of the user's
+            print(f"{type(error).__name__}; run the command with {DEBUG} for its traceback.", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def _demo(output: Path, seed: int) -> None:
-    from lightning_replay.demo.run import NotLearnedError, demo
+def _run(given: Sequence[str], full_help: bool) -> None:
+    if given and given[0] in fit.COMMANDS:
+        fit.run(given, full_help)
+        return
+    parser = _parser(full_help)
+    config = parser.parse_args(given)
+    command = config.pop("command")
+    settings = parser.instantiate_classes(config)[command]
+    settings.pop("config", None)
+    _RUN[command](**settings)
 
-    try:
-        demo(output, seed)
-    except NotLearnedError as error:
-        raise SystemExit(str(error)) from error
+
+def _demo(output: Path, seed: int) -> None:
+    from lightning_replay.demo.run import demo
+
+    demo(output, seed)
 
 
 def _report(runs: list[Path], output: Path, new_loss: str | None) -> None:
@@ -74,30 +101,31 @@ _RUN: dict[str, Callable[..., None]] = {
 }
 
 
-class _Help(DefaultHelpFormatter):
-    """Keeps the command in an example whole, so that it can be copied."""
+_SHOWN = (
+    *("help", "output", "seed", "runs", "new_loss"),
+    *("config", "print_config", "model", "rows", "sequence_length", "reference_top_k"),
+    *("dtype", "device", "engine", "batch_size"),
+    *("sampling.prompts", "sampling.length", "sampling.temperature", "sampling.top_k", "sampling.top_p"),
+    *("sampling.filters", "finetuned", "base", "new", "prior", "weights", "save", "save_weight", "max_forgetting"),
+    "picture",
+)
+"""Settings in the brief help."""
 
-    @override
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return textwrap.fill(
-            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        )
 
-
-def _parser() -> ArgumentParser:
+def _parser(full_help: bool) -> ArgumentParser:
     """The parser of all commands; LightningCLI parses the options of those that train and measure."""
     parser = ArgumentParser(
         prog="lightning-replay",
         version=__version__,
-        formatter_class=_Help,
-        description="Finetune language models in PyTorch Lightning without forgetting. "
+        formatter_class=Help,
+        description="Finetune language models in PyTorch Lightning without forgetting.\n"
         "Example: lightning-replay demo --output demo",
+        epilog=f"{DEBUG} before or after a command shows the full traceback of an error.",
     )
     commands = parser.add_subcommands(dest="command")
 
     demo = ArgumentParser(
-        formatter_class=_Help,
-        description="Learn a sequence of small tasks, without and with replay. "
+        description="Learn a sequence of small tasks, without and with replay.\n"
         "Example: lightning-replay demo --output demo",
     )
     demo.add_argument("--output", type=Path, default=Path("lightning-replay-demo"), help="Folder for the results.")
@@ -105,11 +133,12 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("demo", demo, help="Learn a sequence of small tasks, without and with replay.")
 
     report = ArgumentParser(
-        formatter_class=_Help,
-        description="Write a page of the logs of runs: forgetting, new task, time, samples. "
+        description="Write a page of the logs of runs: forgetting, new task, time, samples.\n"
         "Example: lightning-replay report runs",
     )
-    report.add_argument("runs", type=Path, nargs="+", help="Folder with CSV or TensorBoard logs in it.")
+    report.add_argument(
+        "runs", type=Path, nargs="+", help="Folder with logs of CSVLogger, TensorBoard, Weights & Biases or MLflow."
+    )
     report.add_argument("--output", type=Path, default=Path("lightning-replay-report"), help="Folder for the page.")
     report.add_argument(
         "--new_loss",
@@ -120,9 +149,10 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("report", report, help="Write a page of the logs of runs.")
 
     generate = ArgumentParser(
-        formatter_class=_Help,
+        usage="lightning-replay generate --model NAME --rows N --output FOLDER [--SETTING VALUE ...]",
+        epilog="All settings: lightning-replay generate --help=full",
         description="Write replay rows to a folder of Parquet shards, for ReplayDataModule(buffer=FOLDER). If it is "
-        "interrupted, run it again: it continues where it stopped. "
+        "interrupted, run it again: it continues where it stopped.\n"
         "Example: lightning-replay generate --model gpt2 --rows 10000 --sequence_length 128 --output rows",
     )
     generate.add_argument("--config", action="config", help="A YAML file with the settings.")
@@ -130,9 +160,10 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("generate", generate, help="Write replay rows that a model generates to a folder.")
 
     interpolation = ArgumentParser(
-        formatter_class=_Help,
         parser_mode="omegaconf+",
-        description="Measure the models between the one before a fit and the finetuned one, and save one of them. "
+        usage="lightning-replay interpolate --finetuned FILE --new DATA [--SETTING VALUE ...]",
+        epilog="All settings: lightning-replay interpolate --help=full",
+        description="Measure the models between the one before a fit and the finetuned one, and save one of them.\n"
         "Example: lightning-replay interpolate --finetuned last.ckpt --new TextDataModule --new.data new.txt "
         "--new.tokenizer gpt2 --max_forgetting 0.1 --save chosen",
     )
@@ -140,6 +171,9 @@ def _parser() -> ArgumentParser:
     interpolation.add_function_arguments(interpolate, as_group=False)
     interpolation.add_argument("--picture", type=Path | None, default=None, help="A file for the picture.")
     commands.add_subcommand("interpolate", interpolation, help="Interpolate between a model before and after a fit.")
+
+    for each in () if full_help else (demo, report, generate, interpolation):
+        each.formatter_class = brief(_SHOWN)  # a subcommand takes over that of all
 
     for name, what in fit.COMMANDS.items():
         commands.add_subcommand(name, ArgumentParser(), help=what)

@@ -298,9 +298,8 @@ def _learn(
     if replay is not None:
         callbacks.append(replay)
     if logs is not None:
-        earlier = list(accuracy.problems.items())[:learned]
-        prior = {name: [{"input_ids": rows, "labels": rows}] for name, rows in earlier}
-        callbacks.append(ForgettingMonitor(prior, MEASURE_EVERY))
+        answers = {name: [_answers(rows)] for name, rows in accuracy.problems.items()}
+        callbacks.append(ForgettingMonitor(answers, MEASURE_EVERY))
     loader = problems_loader(task, BATCH_SIZE, seed)
     trainer = pl.Trainer(
         max_steps=STEPS_AT_MOST if steps is None else steps,
@@ -324,6 +323,13 @@ def _learn(
             f"answers {run.matrix[-1][learned]:.1%} of the held-out questions right, and {LEARNED:.1%} are asked for. "
             f"Try another seed than {seed}."
         )
+
+
+def _answers(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch in which only the tokens of the answers are measured; those of the questions are random."""
+    labels = torch.full_like(rows, -100)
+    labels[:, ANSWER] = rows[:, ANSWER]
+    return {"input_ids": rows, "labels": labels}
 
 
 def _bars(console: Console) -> Progress:

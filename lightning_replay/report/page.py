@@ -1,10 +1,9 @@
 """The report: one page and its pictures, drawn from the logs of runs with the callbacks."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from math import hypot, isnan, nan
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from lightning_replay.report.run_logs import (
     RunLog,
     read_runs,
 )
+from lightning_replay.report.sequences import joined, matrix_of
+from lightning_replay.report.tables import all_figures, final_figures, matrix_table
 
 try:
     import jinja2
@@ -74,30 +75,10 @@ class _Section:
         self.runs += [run for run in runs if run not in self.runs]
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One figure of each run; ``best`` selects the one to print in bold.
-
-    If it is the difference between the first and the last of figures with standard errors, ``error`` is their key.
-    """
-
-    key: str
-    group: str
-    title: str
-    shown: str = ".3f"
-    best: Callable[[Iterable[float]], float] | None = min
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Cell:
-    value: float | None
-    text: str
-    best: bool
-
-
 def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -> list[Path]:
     """Write ``report.html``, a page that needs no other file, and its pictures as PNG.
+
+    A fit that continues the one that ended where it begins is drawn after it, as one run; see ``sequences``.
 
     Args:
         folders: Folders with the logs of runs; see ``read_runs``.
@@ -110,9 +91,11 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     Raises:
         NothingToReportError: If a folder is missing, no run made with the callbacks is found, or ``new_loss`` is
             in no log.
-        ModuleNotFoundError: If there are TensorBoard logs and ``tensorboard`` is not installed.
+        ModuleNotFoundError: If there are TensorBoard logs and ``tensorboard`` is not installed, or runs of Weights &
+            Biases and ``wandb`` is not.
     """
-    runs, left_out = read_runs(folders)
+    fits, left_out = read_runs(folders)
+    runs = joined(fits)
     new_loss = _new_loss(runs, new_loss)
     sets = sorted({name for run in runs for name in run.prior_sets})
     output.mkdir(parents=True, exist_ok=True)
@@ -121,16 +104,17 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     sections = [_forgetting(runs, sets, new_loss, pictures)]
     sections += [_benchmarks(runs, benchmarks, pictures)] if benchmarks else []
     sections += [_time(runs, pictures), _quality(runs, pictures)]
-    notes = [note for run in runs for note in run.notes]
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     if left_out:
         notes.append(f"Left out, because they have no values of the callbacks: {', '.join(left_out)}.")
-    columns = _columns(runs, sets, benchmarks, new_loss)
+    matrices = {run.name: matrix for run in runs if (matrix := matrix_of(run)) is not None}
     page = _template().render(
         version=__version__,
         runs=runs,
         looks=pictures.looks,
-        groups=[(group, list(members)) for group, members in groupby(columns, lambda column: column.group)],
-        rows=_rows(runs, columns),
+        final=final_figures(runs, sets, new_loss, SECONDS, matrices),
+        matrices=[matrix_table(run, matrix) for run, matrix in matrices.items()],
+        tables=all_figures(runs, sets, benchmarks, SECONDS),
         sections=sections,
         samples={run.name: _first_and_last(run.samples) for run in runs if run.samples},
         notes=notes,
@@ -151,54 +135,6 @@ def _new_loss(runs: Sequence[RunLog], wanted: str | None) -> str:
     return wanted
 
 
-def _columns(runs: Sequence[RunLog], sets: Sequence[str], benchmarks: Sequence[str], new_loss: str) -> list[_Column]:
-    """The columns of the table for which any run has a figure."""
-    columns = [_Column(new_loss, "new task", new_loss)]
-    for name in sets:
-        columns += [
-            _Column(f"forgetting/{name}", name, "forgetting", "+.3f"),
-            _Column(f"forgetting_error/{name}", name, "± standard error", best=None),
-            _Column(f"prior_loss/{name}", name, "loss"),
-            _Column(f"prior_perplexity/{name}", name, "perplexity", ",.2f"),
-            _Column(f"prior_accuracy/{name}", name, "accuracy", ".1%", max),
-            _Column(f"prior_kl/{name}", name, "KL"),
-        ]
-    for name in benchmarks:
-        task, _, metric = name.partition("/")
-        error = f"benchmark_stderr/{name}"
-        columns += [
-            _Column(f"benchmark/{name}", task, metric or task, best=None),
-            _Column(error, task, "± standard error", best=None),
-            _Column(f"benchmark_drop/{name}", task, "drop", "+.3f", None, error),
-        ]
-    columns.append(_Column("replay/loss", "replay", "loss", best=None))
-    columns += [_Column(key, "seconds", title, ".1f") for key, title in SECONDS.items()]
-    return [column for column in columns if any(column.key in run.values for run in runs)]
-
-
-def _rows(runs: Sequence[RunLog], columns: Sequence[_Column]) -> list[list[_Cell]]:
-    """The last figures of each run. If all show the same figure, none is marked as the best."""
-    rows: list[list[_Cell]] = [[] for _ in runs]
-    for column in columns:
-        values = [run.last(column.key) for run in runs]
-        texts = ["–" if value is None else format(value, column.shown) for value in values]
-        texts = [f"{text} (noise)" if _is_noise(run, column) else text for run, text in zip(runs, texts, strict=True)]
-        shown = {text: value for text, value in zip(texts, values, strict=True) if value is not None}
-        ranked = [value for value in shown.values() if not isnan(value)]
-        best = column.best(ranked) if column.best is not None and len(shown) > 1 and ranked else None
-        for row, value, text in zip(rows, values, texts, strict=True):
-            row.append(_Cell(value, text, best is not None and shown.get(text) == best))
-    return rows
-
-
-def _is_noise(run: RunLog, column: _Column) -> bool:
-    """Whether a difference of two figures is less than two of its standard errors, as if they were independent."""
-    errors, value = run.values.get(column.error or "", {}), run.last(column.key)
-    if not errors or value is None:
-        return False
-    return abs(value) < 2 * hypot(errors[min(errors)], errors[max(errors)])
-
-
 def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pictures: Pictures) -> _Section:
     section = _Section(
         "Forgetting",
@@ -207,17 +143,27 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
         "shows the price of learning: of two runs at the same new-task loss, the lower one has forgotten less. The "
         "large dot marks the end of a run.",
     )
+    sequences = {run.name: _ends(run) for run in runs if run.fits}
+    if sequences:
+        section.text += (
+            " Of a sequence of fits, it is the rise since the end of the fit that learned the set; on `self`, each fit "
+            "begins anew. Vertical lines mark the ends of fits."
+        )
     averaged = new_loss.startswith("train")
     if averaged:
         section.text += f" `{new_loss}` is the loss of single batches; each dot is its mean between two measurements."
     for name in sets:
         forgetting, prior_loss = f"forgetting/{name}", f"prior_loss/{name}"
         if curves := _curves(runs, forgetting):
+            title = f"Forgetting of {name}"
             drawn = pictures.lines(
-                f"forgetting-{name}", curves, f"Forgetting of {name}", y_label="nats a token", zero=True
+                f"forgetting-{name}", curves, title, y_label="nats a token", zero=True, marks=sequences
             )
             section.add(drawn, curves)
-        both = [run for run in runs if prior_loss in run.values and new_loss in run.values]
+        if curves := _curves([run for run in runs if run.fits], f"prior_accuracy/{name}"):
+            drawn = pictures.lines(f"accuracy-{name}", curves, f"Accuracy on {name}", marks=sequences)
+            section.add(drawn, curves)
+        both = [run for run in runs if not run.fits and prior_loss in run.values and new_loss in run.values]
         pairs = {run.name: against_new_task(run, prior_loss, new_loss, averaged) for run in both}
         if curves := {run: pair for run, pair in pairs.items() if pair[0]}:
             drawn = pictures.lines(
@@ -236,6 +182,10 @@ def _forgetting(runs: Sequence[RunLog], sets: Sequence[str], new_loss: str, pict
         drawn = pictures.lines(
             "drift", curves, "Drift and its budget", y_label="nats a token", zero=True, limits=limits
         )
+        section.add(drawn, curves)
+    if curves := _curves(runs, "replay/price"):
+        section.text += " The price of a budget is how many nats of the new task's loss a nat of drift buys."
+        drawn = pictures.lines("price", curves, "Price of the budget", y_label="nats a nat", zero=True)
         section.add(drawn, curves)
     if not sets:
         section.missing += [
@@ -288,6 +238,11 @@ def _quality(runs: Sequence[RunLog], pictures: Pictures) -> _Section:
     without = [run.name for run in runs if run.name not in section.runs]
     section.missing += _not_in("replay/quality/<measure>", without, runs)
     return section
+
+
+def _ends(run: RunLog) -> list[float]:
+    """The steps at which the fits of a sequence but the last ended."""
+    return [float(step) for step in np.cumsum([fit.steps for fit in run.fits])[:-1]]
 
 
 def _curves(runs: Sequence[RunLog], key: str) -> dict[str, Curve]:

@@ -100,6 +100,7 @@ class Pictures:
         ends: bool = False,
         limits: Mapping[str, Curve] = MappingProxyType({}),
         bands: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        marks: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ) -> Markup:
         """Draw a curve for each run.
 
@@ -114,6 +115,7 @@ class Pictures:
             ends: Whether to mark the end of each run.
             limits: A thin line for each run that has one, by name.
             bands: How wide a band around the curve is to each side, for each run that has one, by name.
+            marks: Values of x to mark with vertical lines, by name of the run.
 
         Returns:
             SVG for a page that has a legend of its own.
@@ -132,6 +134,8 @@ class Pictures:
                     axis.fill_between(finite, low, high, color=self.looks[run].color, alpha=0.15, linewidth=0)
                 if run in limits:
                     axis.plot(*limits[run], **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.7})
+                for place in marks.get(run, ()):
+                    axis.axvline(place, **self.looks[run].line() | {"linewidth": 0.9, "alpha": 0.45})
                 if ends:
                     axis.plot(finite[-1:], y[-1:], marker="o", markersize=7, color=self.looks[run].color)
             axis.set(title=_short(title), xlabel=x_label, ylabel=y_label)

@@ -1,17 +1,29 @@
-"""Reading the logs of runs: Lightning's CSV files and TensorBoard's event files."""
+"""Reading the logs of runs: of Lightning's CSVLogger, TensorBoard, Weights & Biases and MLflow."""
 
 import csv
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-__all__ = ["BENCHMARK_SECONDS", "MONITOR_SECONDS", "NothingToReportError", "RunLog", "read_runs"]
+from lightning_replay.report.trackers import (
+    MLFLOW,
+    WANDB,
+    Tracked,
+    is_mlflow_run,
+    read_mlflow,
+    read_wandb,
+    unfenced,
+)
+
+__all__ = ["BENCHMARK_SECONDS", "MONITOR_SECONDS", "OWN_SAMPLES", "NothingToReportError", "RunLog", "read_runs"]
 
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
 MONITOR_SECONDS = "forgetting/seconds"
 """The only key of the monitor that belongs to no prior set."""
+OWN_SAMPLES = "self"
+"""The monitor's set of the model's own samples, which each fit samples anew."""
 _MONITOR_KEYS = (
     "forgetting/",
     "forgetting_error/",
@@ -36,16 +48,19 @@ class RunLog:
     """What one run logged.
 
     Attributes:
-        name: Path of its folder, relative to the folder that holds all runs.
+        name: Path of its folder, relative to the folder that holds all runs. If a tracker knows the run by a name,
+            that name stands for the folder's.
         values: The value at each step, by key; steps in ascending order.
         samples: The previews of each refill, by step.
         notes: Parts of the logs that were left out.
+        fits: If the run is a sequence of fits, what each of them logged.
     """
 
     name: str
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     samples: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fits: "list[RunLog]" = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -67,6 +82,11 @@ class RunLog:
             if key.startswith("benchmark/") and key != BENCHMARK_SECONDS
         )
 
+    def first(self, key: str) -> float | None:
+        """The first value of a key, or None if it was never logged."""
+        series = self.values.get(key)
+        return None if series is None else series[min(series)]
+
     def last(self, key: str) -> float | None:
         """The last value of a key, or None if it was never logged."""
         series = self.values.get(key)
@@ -83,7 +103,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
     """Read all runs in folders and their subfolders.
 
     Each folder with a ``metrics.csv`` or TensorBoard's event files is a run. If it has both, they are merged; at the
-    same step the CSV file takes precedence, because it has all digits.
+    same step the CSV file takes precedence, because it has all digits. So is each run's folder of Weights & Biases,
+    offline or not, and of MLflow's file store.
 
     Args:
         folders: The folders to search.
@@ -93,22 +114,25 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
 
     Raises:
         NothingToReportError: If a folder is missing, or no run made with the callbacks is found.
-        ModuleNotFoundError: If there are event files and ``tensorboard`` is not installed.
+        ModuleNotFoundError: If there are event files and ``tensorboard`` is not installed, or a run of Weights & Biases
+            and ``wandb`` is not.
     """
     for folder in folders:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise NothingToReportError(f"{folder} {what}. Give folders that hold the logs of runs, such as `runs`.")
     roots = [folder.resolve() for folder in folders]
-    found = {log.parent for root in roots for pattern in (_CSV, _EVENTS) for log in root.rglob(pattern)}
+    patterns = (_CSV, _EVENTS, WANDB, MLFLOW)
+    logs = {log for root in roots for pattern in patterns for log in root.rglob(pattern)}
+    found = {log.parent for log in logs if log.name != MLFLOW or is_mlflow_run(log.parent)}
     given = ", ".join(map(str, folders))
     if not found:
         raise NothingToReportError(
-            f"No logs in {given} or below: a run's folder holds `{_CSV}` or `{_EVENTS}`. Train with a CSVLogger or a "
-            "TensorBoardLogger and give the folder that it writes to."
+            f"No logs in {given} or below: a run's folder holds `{_CSV}`, `{_EVENTS}`, `{WANDB}` or, in MLflow's file "
+            f"store, `{MLFLOW}`. Train with a logger that writes one of them and give the folder that it writes to."
         )
     common = Path(os.path.commonpath(roots))
-    runs = [_read_run(folder, common) for folder in sorted(found, key=_natural)]
+    runs = _titled([_read_run(folder, common) for folder in sorted(found, key=_natural)])
     known = [run for run in runs if any(key.startswith(_CALLBACK_KEYS) for key in run.values)]
     if not known:
         keys = sorted({key for run in runs for key in run.values})
@@ -124,13 +148,37 @@ def _natural(path: Path) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _read_run(folder: Path, common: Path) -> RunLog:
+def _read_run(folder: Path, common: Path) -> tuple[RunLog, str]:
     run = RunLog(folder.name if folder == common else folder.relative_to(common).as_posix())
+    title = ""
+    if any(folder.glob(WANDB)):
+        title = _add_tracked(run, read_wandb(folder))
+    if (folder / MLFLOW).exists() and is_mlflow_run(folder):
+        title = _add_tracked(run, read_mlflow(folder))
     if any(folder.glob(_EVENTS)):
         _read_events(folder, run)
     if (folder / _CSV).exists():
         _read_csv(folder / _CSV, run)
-    return run
+    return run, title
+
+
+def _add_tracked(run: RunLog, tracked: Tracked) -> str:
+    """Add what a tracker kept of a run and return the run's title."""
+    for key, series in tracked.values.items():
+        run.add(key, series.items())
+    run.samples |= tracked.samples
+    if not tracked.is_whole:
+        run.notes.append(f"The log in {run.name} is cut off; what it holds up to there is shown.")
+    return tracked.title
+
+
+def _titled(read: Sequence[tuple[RunLog, str]]) -> list[RunLog]:
+    """The runs, with the titles that trackers gave them in their names as far as names stay unique."""
+    titled = [(PurePosixPath(run.name).parent / title.replace("/", "-")).as_posix() for run, title in read]
+    for (run, title), name in zip(read, titled, strict=True):
+        if title and titled.count(name) == 1:
+            run.name = name
+    return [run for run, _ in read]
 
 
 def _read_csv(path: Path, run: RunLog) -> None:
@@ -175,9 +223,4 @@ def _read_events(folder: Path, run: RunLog) -> None:
         run.add(key, ((event.step, event.value) for event in events.Scalars(key)))
     if _SAMPLES in events.Tags()["tensors"]:
         for event in events.Tensors(_SAMPLES):
-            run.samples[event.step] = _unfenced(event.tensor_proto.string_val[0].decode(errors="replace"))
-
-
-def _unfenced(markdown: str) -> list[str]:
-    """The samples, which ``SelfGeneratedReplay`` logs between Markdown fences."""
-    return markdown.removeprefix("```\n").removesuffix("\n```").split("\n```\n\n```\n")
+            run.samples[event.step] = unfenced(event.tensor_proto.string_val[0].decode(errors="replace"))

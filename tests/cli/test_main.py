@@ -1,24 +1,68 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from lightning.pytorch.callbacks import Callback
 
+from lightning_replay.cli import fit
 from lightning_replay.cli.main import main
+from lightning_replay.report.run_logs import NothingToReportError
+
+cli = importlib.import_module("lightning_replay.cli.main")  # the package has a function of the same name
+COMMANDS = ("demo", "report", "generate", "interpolate", *fit.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "report"])
-def test_the_help_fits_a_screen(
+def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_the_help_fits_a_screen_and_names_an_example(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="0"):
-        main([*([command] if command else []), "--help"])
-    said = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "100")
+    said = help_of(*([command] if command else []), "--help", capsys=capsys)
     assert said.count("\n") <= 40
-    assert f"lightning-replay {command}" in said
+    assert f"\nExample: lightning-replay {command or 'demo'} " in said
+    assert "<class" not in said
+
+
+def test_the_brief_help_holds_each_setting_that_is_chosen_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(help_of(command, "--help", capsys=capsys) for command in COMMANDS).split()
+    for name in (*fit._SHOWN, *cli._SHOWN):
+        assert f"--{name}" in said or name == "runs", name
+
+
+def test_the_full_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {
+        "fit": ("--trainer.gradient_clip_val", "--data.padding_side", "--weights_only"),
+        "generate": ("--sampling.sampler", "--threads", "handles temperature, truncation"),
+    }
+    for command, words in expected.items():
+        brief = " ".join(help_of(command, "--help", capsys=capsys).split())
+        full = " ".join(help_of(command, "--help=full", capsys=capsys).split())
+        for word in words:
+            assert word in full
+            assert word not in brief
+        assert f"All settings: lightning-replay {command} --help=full" in brief
+
+
+def test_the_help_of_a_class_takes_its_name_in_a_fresh_process() -> None:
+    code = "import sys; from lightning_replay.cli import main; main(['fit', *sys.argv[1:]])"
+    for known in fit.KNOWN:
+        setting = "trainer.callbacks" if issubclass(known, Callback) else "data.data"
+        command = [sys.executable, "-c", code, f"--{setting}.help={known.__name__}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert known.__name__ in done.stdout
 
 
 def test_the_help_of_generating_explains_the_settings_of_sampling(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["generate", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(help_of("generate", "--help", capsys=capsys).split())
     assert all(words in said for words in ("--sampling.temperature", "Divides the logits", "--sequence_length"))
 
 
@@ -29,9 +73,85 @@ def test_the_help_of_generating_explains_the_settings_of_sampling(capsys: pytest
         (["generate", "--model", "m", "--rows", "4", "--output", "o", "--sampling.heat", "2"], "sampling.heat"),
         (["report"], "runs"),
         (["dmeo"], "dmeo"),
+        (["fit", "--trainer.max_stepz=3"], "max_stepz"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml"),
+        ([], "demo"),
     ],
 )
-def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_named_in_a_few_lines(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("\n") <= 8
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_with_debug_anywhere_an_error_is_raised(place: int) -> None:
+    arguments = ["report", "missing"]
+    arguments.insert(place, "--debug")
+    with pytest.raises(NothingToReportError, match="missing does not exist"):
+        main(arguments)
+
+
+def test_with_debug_a_wrong_argument_shows_where_it_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--debug", "report"])
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert "runs" in error
+
+
+def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**settings: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli._RUN, "demo", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("Give 4 rows."), 1, "Give 4 rows.\n"),
+        (ModuleNotFoundError("pip install it"), 1, "pip install it\n"),
+        (PermissionError(13, "Permission denied", "out"), 1, "[Errno 13] Permission denied: 'out'\n"),
+        (RuntimeError("no room"), 1, "no room\nRuntimeError; run the command with --debug for its traceback.\n"),
+        (TypeError(""), 1, "TypeError\nTypeError; run the command with --debug for its traceback.\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_went_wrong_is_told_without_a_traceback(
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(error, monkeypatch)
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo"])
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == said
+    with pytest.raises(type(error)):
+        main(["demo", "--debug"])
+
+
+def test_an_error_that_no_user_makes_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(KeyError("a bug"), monkeypatch)
+    with pytest.raises(KeyError):
+        main(["demo"])
+
+
+def test_a_process_exits_with_the_code_and_shows_a_traceback_only_with_debug(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, bool]:
+        code = "from lightning_replay.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert "missing does not exist" in done.stderr
+        return done.returncode, "Traceback" in done.stderr
+
+    missing = str(tmp_path / "missing")
+    assert run("report", missing) == (1, False)
+    assert run("--debug", "report", missing) == (1, True)

@@ -15,6 +15,8 @@ import lightning_replay
 from lightning_replay.cli.main import main
 from lightning_replay.demo import run as demo
 from lightning_replay.demo.toy_tasks import ANSWER, ROW_LENGTH, TASKS, held_out_problems, problems
+from lightning_replay.report.run_logs import read_runs
+from lightning_replay.report.sequences import joined, matrix_of
 from lightning_replay.utilities import progress
 
 
@@ -116,7 +118,7 @@ def check(results: dict[str, Any], output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
+def test_the_page_that_the_demo_names_shows_each_arm_as_one_sequence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
@@ -127,11 +129,16 @@ def test_the_page_that_the_demo_names_shows_each_fit_after_the_first(
     assert len(re.findall(r" step \d+: reverse +\d+%", printed)) >= 2 * len(TASKS)
     main(["report", str(tmp_path), "--output", str(tmp_path / "report")])
     page = (tmp_path / "report" / "report.html").read_text()
-    for arm in ("without_replay", "with_replay"):
-        for name in ("2_sort", "3_increment", "4_swap"):
-            assert f"{arm}/{name}" in page
-    logged = (tmp_path / "logs" / "without_replay" / "4_swap" / "metrics.csv").read_text().splitlines()
-    assert {"forgetting/reverse", "forgetting/sort", "forgetting/increment"} <= set(logged[0].split(","))
+    assert all(f">after {name}<" in page for name in ("2_sort", "3_increment", "4_swap"))
+    runs = {run.name.partition("/")[2]: matrix_of(run) for run in joined(read_runs([tmp_path])[0])}
+    assert sorted(runs) == ["with_replay", "without_replay"]
+    for arm, matrix in runs.items():
+        assert matrix is not None
+        assert matrix.sets == list(TASKS)
+        assert matrix.learned == [0, 1, 2, 3]
+        whole_answers = json.loads((tmp_path / "results.json").read_text())[arm]["accuracy_after_each_task"]
+        for tokens, answers in zip(matrix.accuracy, whole_answers, strict=True):
+            assert all(a is not None and a >= b for a, b in zip(tokens, answers, strict=True))
 
 
 @pytest.mark.long

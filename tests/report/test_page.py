@@ -25,9 +25,10 @@ VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 
 
 @dataclass
-class Row:
-    cells: list[tuple[str, float | None, bool]] = field(default_factory=list)
-    """Text, value and whether in bold."""
+class Table:
+    columns: list[str] = field(default_factory=list)
+    rows: dict[str, list[tuple[str, float | None, bool]]] = field(default_factory=dict)
+    """Of each cell, the text, the value and whether it is in bold."""
 
 
 class Page(HTMLParser):
@@ -37,8 +38,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
-        self.columns: list[str] = []
-        self.rows: dict[str, Row] = {}
+        self.tables: dict[str, Table] = {}
         self.samples: list[str] = []
         self.missing: list[str] = []
         self.text = ""
@@ -54,8 +54,11 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
-        if tag in ("th", "td", "pre", "li"):
+        if tag in ("th", "td", "pre", "li", "caption"):
             self._buffer, self._value = "", None
+        if tag == "table":
+            self._table = Table()
+            self.tables.setdefault("", self._table)
         if tag == "data":
             self._value = float(dict(attrs)["value"] or "")
         else:
@@ -71,21 +74,27 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
         text = self._buffer.strip()
-        if tag == "th" and "thead" in self.open:
-            self.columns.append(text)
+        if tag == "caption":
+            self.tables[text] = self._table
+        elif tag == "th" and "thead" in self.open:
+            self._table.columns.append(text)
         elif tag == "th":
-            self.rows[text] = self._row = Row()
+            self._table.rows[text] = self._row = []
         elif tag == "td":
-            self._row.cells.append((text, self._value, self._bold))
+            self._row.append((text, self._value, self._bold))
         elif tag == "pre":
             self.samples.append(self._buffer)
         elif tag == "li":
             self.missing.append(text)
 
-    def cell(self, run: str, column: str) -> tuple[str, float | None, bool]:
-        """Of columns with one title, the last; the header's first line names groups of columns."""
-        titles = self.columns[-len(self.rows[run].cells) :]
-        return self.rows[run].cells[titles.index(column)]
+    @property
+    def runs(self) -> list[str]:
+        return list(self.tables[""].rows)
+
+    def cell(self, run: str, column: str, table: str = "") -> tuple[str, float | None, bool]:
+        """By default of the first table."""
+        found = self.tables[table]
+        return found.rows[run][found.columns.index(column) - 1]
 
 
 class Shouting:
@@ -140,24 +149,25 @@ def write_log(folder: Path, rows: list[dict[str, Any]]) -> None:
 def test_the_table_holds_the_last_figures_of_each_log_and_the_best_in_bold(two_runs: Path, tmp_path: Path) -> None:
     report([two_runs], tmp_path / "page")
     page = Page(tmp_path / "page")
-    assert list(page.rows) == ["with/version_0", "without/version_0"]
+    assert page.runs == ["with/version_0", "without/version_0"]
     titles = {
-        "forgetting": ("forgetting/old", "+.3f", min),
-        "perplexity": ("prior_perplexity/old", ",.2f", min),
-        "accuracy": ("prior_accuracy/old", ".1%", max),
-        "KL": ("prior_kl/old", ".3f", min),
-        "val/loss": ("val/loss", ".3f", min),
+        ("val/loss", ""): ("val/loss", ".3f", min),
+        ("forgetting of old", ""): ("forgetting/old", "+.3f", min),
+        ("forgetting", "old"): ("forgetting/old", "+.3f", min),
+        ("perplexity", "old"): ("prior_perplexity/old", ",.2f", min),
+        ("accuracy", "old"): ("prior_accuracy/old", ".1%", max),
+        ("KL", "old"): ("prior_kl/old", ".3f", min),
     }
     for title, (key, shown, best) in titles.items():
-        values = {run: last(two_runs / run / "metrics.csv", key) for run in page.rows}
+        values = {run: last(two_runs / run / "metrics.csv", key) for run in page.runs}
         assert len(set(values.values())) == 2
         for run, value in values.items():
             wins = value == best(values.values())
-            assert page.cell(run, title) == (format(value, shown), value, wins), (run, key)
-    assert [page.cell(run, "steps")[0] for run in page.rows] == ["6", "4"]
-    assert page.cell("without/version_0", "sampling") == ("–", None, False)
+            assert page.cell(run, *title) == (format(value, shown), value, wins), (run, key)
+    assert [page.cell(run, "steps")[0] for run in page.runs] == ["6", "4"]
+    assert page.cell("without/version_0", "sampling", "seconds") == ("–", None, False)
     sampling = last(two_runs / "with/version_0/metrics.csv", "replay/sampling_seconds")
-    assert page.cell("with/version_0", "sampling") == (f"{sampling:.1f}", sampling, False)  # nothing to compare it with
+    assert page.cell("with/version_0", "sampling", "seconds") == (f"{sampling:.1f}", sampling, False)  # alone
 
 
 def test_the_page_needs_no_other_file_and_no_network(two_runs: Path, tmp_path: Path) -> None:
@@ -196,7 +206,7 @@ def test_tensorboard_logs_tell_the_same_and_the_samples(two_runs: Path, tmp_path
     report([folder], tmp_path / "page")
     page = Page(tmp_path / "page")
     events = EventAccumulator(str(folder)).Reload()
-    assert page.cell("version_0", "forgetting")[1] == events.Scalars("forgetting/old")[-1].value
+    assert page.cell("version_0", "forgetting", "old")[1] == events.Scalars("forgetting/old")[-1].value
     # Three samples of the first refill and of the last, whole and as text.
     assert page.samples == [Shouting().decode([0] * 12)] * 6
     assert "<script" not in page.source
@@ -223,11 +233,40 @@ def test_each_prior_set_has_pictures_and_columns_of_its_own(tmp_path: Path, trai
     written = {path.stem for path in report([tmp_path / "logs"], tmp_path / "page")}
     assert {"forgetting-old", "forgetting-a-b", "forgetting-a-b-2", "new-task-a-b-2"} <= written
     page = Page(tmp_path / "page")
-    assert [title for title in page.columns if title in sets] == sorted(sets)
-    (row,) = page.rows.values()
-    values = [value for _, value, _ in row.cells]
+    assert [title for title in page.tables if title in sets] == sorted(sets)
     for name in sets:
-        assert last(tmp_path / "logs/run/version_0/metrics.csv", f"prior_loss/{name}") in values
+        value = last(tmp_path / "logs/run/version_0/metrics.csv", f"prior_loss/{name}")
+        assert page.cell("run/version_0", "loss", name)[1] == value
+
+
+def test_of_many_sets_the_first_table_has_the_mean_and_the_worst(tmp_path: Path) -> None:
+    forgetting = {f"forgetting/{name}": value for name, value in zip("abcde", (0.0, 0.5, 0.25, 0.0, 0.5), strict=True)}
+    write_log(tmp_path / "run", [forgetting | {"forgetting/self": 0.75}])
+    report([tmp_path / "run"], tmp_path / "page")
+    page = Page(tmp_path / "page")
+    titles = ["", "forgetting of 5 sets, mean", "forgetting of 5 sets, worst", "forgetting of self", "steps"]
+    assert page.tables[""].columns == titles
+    assert [value for _, value, _ in page.tables[""].rows["run"]] == [0.25, 0.5, 0.75, 0.0]
+    assert page.cell("run", "forgetting", "c")[1] == 0.25
+
+
+def test_a_sequence_is_one_run_with_its_matrix(tmp_path: Path) -> None:
+    accuracies = {"a": (0.25, 0.75, 0.75, 0.5), "b": (0.25, 0.25, 0.25, 1.0)}
+    for number, places in enumerate([(0, 1), (2, 3)], start=1):
+        rows: list[dict[str, Any]] = []
+        for place in places:
+            losses = {f"prior_loss/{name}": 1 - series[place] for name, series in accuracies.items()}
+            rows += [losses | {f"prior_accuracy/{name}": series[place] for name, series in accuracies.items()}]
+        write_log(tmp_path / "runs" / "sequence" / str(number), rows)
+    report([tmp_path / "runs"], tmp_path / "page")
+    page = Page(tmp_path / "page")
+    assert page.runs == ["sequence"]
+    assert page.cell("sequence", "average accuracy")[:2] == ("75.0%", 0.75)
+    assert page.cell("sequence", "backward transfer")[:2] == ("-0.250", -0.25)
+    rows_of_bold = {row: [bold for _, _, bold in cells] for row, cells in page.tables["sequence"].rows.items()}
+    assert rows_of_bold == {"at the start": [False] * 2, "after 1": [True, False], "after 2": [False, True]}
+    assert page.cell("after 2", "a", "sequence")[0] == "50.0%"
+    assert "Average accuracy 75.0%, backward transfer -0.250." in page.text
 
 
 def test_the_drift_is_drawn_over_its_budget(tmp_path: Path) -> None:
@@ -236,11 +275,14 @@ def test_the_drift_is_drawn_over_its_budget(tmp_path: Path) -> None:
     report([logs], tmp_path / "page")
     assert "Drift" not in Page(tmp_path / "page").text
     for name in ("one", "two"):
-        write_log(logs / name, [{"replay/drift": drift, "replay/budget": 0.05} for drift in (0.01, 0.07, 0.05)])
-    assert tmp_path / "again" / "drift.png" in report([logs], tmp_path / "again")
+        rows = [{"replay/drift": drift, "replay/budget": 0.05, "replay/price": 2.0} for drift in (0.01, 0.07, 0.05)]
+        write_log(logs / name, rows)
+    written = report([logs], tmp_path / "again")
+    assert {tmp_path / "again" / "drift.png", tmp_path / "again" / "price.png"} <= set(written)
     page = Page(tmp_path / "again")
     assert "Drift and its budget" in page.text
     assert page.source.count(thin) == 2  # one line a run
+    assert [page.cell("one", title, "replay")[1] for title in ("drift", "budget", "price")] == [0.05, 0.05, 2.0]
 
 
 def test_a_drop_within_the_noise_of_its_benchmark_reads_as_noise(tmp_path: Path) -> None:
@@ -261,15 +303,16 @@ def test_a_drop_within_the_noise_of_its_benchmark_reads_as_noise(tmp_path: Path)
     written = report([logs], tmp_path / "page")
     page = Page(tmp_path / "page")
     assert {"benchmark-arc-acc.png", "benchmark-mine.png", "time.png"} <= {path.name for path in written}
-    assert [title for title in page.columns if title in ("arc", "mine")] == ["arc", "mine", "mine"]  # group and figure
-    assert page.cell("little", "acc") == ("0.480", 0.48, False)
-    assert page.cell("little", "± standard error") == ("0.040", 0.04, False)
-    assert page.cell("little", "drop") == ("+0.020 (noise)", 0.5 - 0.48, False)
-    assert page.cell("much", "drop") == ("+0.120", 0.5 - 0.38, False)
+    assert {"arc/acc", "mine"} <= page.tables.keys()
+    assert page.cell("little", "figure", "arc/acc") == ("0.480", 0.48, False)
+    assert page.cell("little", "± standard error", "arc/acc") == ("0.040", 0.04, False)
+    assert page.cell("little", "drop", "arc/acc") == ("+0.020 (noise)", 0.5 - 0.48, False)
+    assert page.cell("much", "drop", "arc/acc") == ("+0.120", 0.5 - 0.38, False)
+    assert page.cell("much", "drop", "mine") == ("+0.250", 0.25, False)
     assert page.source.count("(noise)") == 1
     ticks = re.findall(r">(0\.\d)</text>", page.source)  # the picture reaches from 0.3, 0.38 less two errors, to 0.65
     assert ticks[:4] == ["0.3", "0.4", "0.5", "0.6"]
-    assert page.cell("much", "benchmarks")[1] == 2.0
+    assert page.cell("much", "benchmarks", "seconds")[1] == 2.0
 
 
 def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:
@@ -278,8 +321,8 @@ def test_names_from_logs_and_folders_are_text(tmp_path: Path) -> None:
     write_log(tmp_path / "logs" / "<u>", [{f"{evil}/loss": 0.5}])
     report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
-    assert list(page.rows) == ["_<i>run/one"]
-    assert evil in page.columns
+    assert page.runs == ["_<i>run/one"]
+    assert evil in page.tables
     assert f"Forgetting of {evil}" in page.text
     assert "Left out, because they have no values of the callbacks: <u>." in page.missing
     for tag in ("<script", "<i>", "<u>", "<b>$"):
@@ -301,8 +344,9 @@ def test_what_is_missing_is_said_and_the_rest_is_drawn(tmp_path: Path) -> None:
         "forgetting/seconds was not logged by a.",
         "No run has logged replay/quality/<measure>.",
     ]
-    assert page.cell("b", "replay loss")[1] == 1.5
-    assert page.cell("b", "monitoring")[1] == 2.5
+    assert page.cell("b", "replay loss", "seconds")[1] == 1.5
+    assert page.cell("b", "monitoring", "seconds")[1] == 2.5
+    assert page.cell("b", "added seconds")[1] == 4.0
     assert "4.0 s" in page.text
     assert "No log holds replay/samples" in page.text
 
@@ -325,7 +369,7 @@ def test_a_run_that_diverged_shows_it_and_is_never_the_best(tmp_path: Path) -> N
         write_log(tmp_path / "logs" / name, [*rows, {"val/loss": value}])
     report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
-    losses = [page.cell(run, "loss") for run in "abc"]
+    losses = [page.cell(run, "loss", "old") for run in "abc"]
     assert [(text, bold) for text, _, bold in losses] == [("nan", False), ("3.000", True), ("inf", False)]
 
 
@@ -334,8 +378,8 @@ def test_of_runs_that_show_the_same_none_is_in_bold_unless_both_beat_a_third(tmp
         write_log(tmp_path / "logs" / name, [{"prior_loss/old": loss, "prior_accuracy/old": accuracy}])
     report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
-    assert [page.cell(run, "loss")[2] for run in "abc"] == [True, True, False]
-    assert [page.cell(run, "accuracy")[2] for run in "abc"] == [False] * 3
+    assert [page.cell(run, "loss", "old")[2] for run in "abc"] == [True, True, False]
+    assert [page.cell(run, "accuracy", "old")[2] for run in "abc"] == [False] * 3
 
 
 def test_new_task_and_prior_loss_are_those_behind_the_same_steps() -> None:
@@ -375,7 +419,7 @@ def test_the_first_runs_look_different_and_there_may_be_many(tmp_path: Path) -> 
         write_log(tmp_path / "logs" / str(number), [{"forgetting/old": number * step} for step in range(3)])
     report([tmp_path / "logs"], tmp_path / "page")
     page = Page(tmp_path / "page")
-    assert list(page.rows) == [str(number) for number in range(40)]
+    assert page.runs == [str(number) for number in range(40)]
     strokes = [dict(attributes) for attributes in _lines(page)][:32]
     assert len({json.dumps(stroke, sort_keys=True) for stroke in strokes}) == 32
 
@@ -401,7 +445,10 @@ def test_the_command_says_what_it_wrote(two_runs: Path, tmp_path: Path, capsys: 
     [
         (["missing"], "missing does not exist. Give folders that hold the logs of runs"),
         (["known/metrics.csv"], "known/metrics.csv is a file. Give folders"),
-        (["empty"], "No logs in empty or below: a run's folder holds `metrics.csv` or `events.out.tfevents.*`. Train"),
+        (
+            ["empty"],
+            "No logs in empty or below: a run's folder holds `metrics.csv`, `events.out.tfevents.*`, `run-*.wandb`",
+        ),
         (["other"], "The logs in other have no values of ForgettingMonitor or SelfGeneratedReplay"),
         (["other"], "Their keys: loss, val/loss. Train with one of these callbacks."),
         (["known", "--new_loss", "typo"], "new task's loss as 'typo'. Keys like it: val/loss."),
@@ -451,7 +498,7 @@ def test_without_tensorboard_csv_logs_are_reported_and_its_own_are_refused(tmp_p
     logger.log_metrics({"forgetting/old": 1.0}, step=0)
     logger.finalize("success")
     run = run_without("tensorboard", tmp_path / "csv", tmp_path / "events")
-    assert Page(tmp_path / "csv-page").cell("csv", "forgetting")[1] == 1.0
+    assert Page(tmp_path / "csv-page").cell("csv", "forgetting of old")[1] == 1.0
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1:] == [  # torchao has warnings of its own when transformers imports it
