@@ -12,18 +12,17 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_replay.benchmarks.figures import Figure, drop
 from lightning_replay.benchmarks.probes import Probe, check_probes, figures_of_probe
-from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
+from lightning_replay.callbacks.monitor import Monitor, replay_of
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import LanguageModel, evaluating, find_language_model, find_tokenizer
-from lightning_replay.utilities.distributed import Processes, check_strategy
-from lightning_replay.utilities.logging import log_values, next_step, publish
+from lightning_replay.utilities.distributed import Processes
+from lightning_replay.utilities.logging import next_step, publish
 from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.seeds import own_randomness
 from lightning_replay.utilities.validation import check_package, is_whole
@@ -32,10 +31,10 @@ __all__ = ["BenchmarkMonitor"]
 
 T = TypeVar("T")
 
-_SECONDS, _BATCH = "benchmark/seconds", 8
+_BATCH = 8
 
 
-class BenchmarkMonitor(Callback):
+class BenchmarkMonitor(Monitor):
     """Measures benchmarks before, during and after training, on the model that trains.
 
     The benchmarks are tasks of lm-evaluation-harness (the extra ``lm-eval``), by name or from files of your own, and
@@ -102,6 +101,8 @@ class BenchmarkMonitor(Callback):
         >>> of_the_harness = BenchmarkMonitor(["arc_easy"], limit=200, every_n_steps=1000)  # doctest: +SKIP
     """
 
+    _seconds_key = "benchmark/seconds"
+
     def __init__(
         self,
         tasks: Sequence[str] | None = None,
@@ -124,10 +125,7 @@ class BenchmarkMonitor(Callback):
             raise ValueError(
                 "Nothing to measure: give `tasks`, as in ['arc_easy'], or `probes`, as in {'name': function}."
             )
-        if not is_whole(every_n_steps, 0):
-            raise ValueError(
-                f"`every_n_steps` is the optimizer steps between measurements or 0; got {every_n_steps!r}."
-            )
+        super().__init__(every_n_steps, language_model)
         if not is_whole(seed, 0):
             raise ValueError(f"`seed` is a whole number, at least 0; got {seed!r}.")
         check_probes(self.probes, self.tasks, lower_is_better)
@@ -139,17 +137,9 @@ class BenchmarkMonitor(Callback):
             "batch_size": None if batch_size == _BATCH else batch_size,
             "max_length": max_length,
         }
-        self.every_n_steps = every_n_steps
         self.tokenizer = tokenizer
-        self.language_model = language_model
         self.lower_is_better = set(lower_is_better)
         self.seed = seed
-        self.baseline: dict[str, float] = {}
-        """Each figure at fit start."""
-
-        self.seconds = 0.0
-        """Wall-clock time spent on measuring, over all fits."""
-
         self._harness: Any = None
         if self.tasks:
             try:  # an optional extra, which takes seconds to import
@@ -170,11 +160,6 @@ class BenchmarkMonitor(Callback):
             "limit": limit,
             "num_fewshot": num_fewshot,
         }
-        self._resumed = False
-        self._measured_at = -1
-        self._values: dict[str, float] = {}
-        self._model: LanguageModel | None = None
-        self._heads = OutputHeads()
 
     @property
     @override
@@ -186,8 +171,7 @@ class BenchmarkMonitor(Callback):
         check_package(trainer, "The Trainer")
         if stage != "fit":
             return
-        self.baseline, self._resumed, self._values = {}, False, {}
-        check_strategy(trainer, "BenchmarkMonitor")
+        self._begin_fit(trainer)
         others = [c for c in trainer.callbacks if isinstance(c, BenchmarkMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = {*self.tasks, *self.probes} & {name for other in others for name in (*other.tasks, *other.probes)}
         if shared:
@@ -203,7 +187,7 @@ class BenchmarkMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._heads = OutputHeads()
         # Rows of many lengths would have it compiled for each.
-        self._model = find_language_model(pl_module, self._language_model(trainer)).uncompiled
+        self._model = find_language_model(pl_module, self._path_of_model(trainer)).uncompiled
         if self._resumed:
             # Other callbacks may monitor the last values before the next measurement.
             publish(trainer, self._values)
@@ -213,45 +197,6 @@ class BenchmarkMonitor(Callback):
         self._measure(trainer, pl_module, next_step(trainer))
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        # With gradient accumulation, several batches end at one global step.
-        if due and trainer.global_step != self._measured_at:
-            # Lightning counts this batch only after its hooks.
-            self._measure(trainer, pl_module, next_step(trainer) + 1)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at:
-            self._measure(trainer, pl_module, next_step(trainer))
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._model, self._heads = None, OutputHeads()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._model, self._heads = None, OutputHeads()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "baseline": self.baseline,
-            "measured_at": self._measured_at,
-            "values": self._values,
-            "seconds": self.seconds,
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.baseline = dict(state_dict["baseline"])
-        self._measured_at = state_dict["measured_at"]
-        self._values = dict(state_dict["values"])
-        self.seconds = state_dict["seconds"]
-        self._resumed = bool(self.baseline)  # empty if it was saved before the first step
-
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Measure everything, log the values and publish them to other callbacks."""
         started = time.perf_counter()
@@ -264,22 +209,14 @@ class BenchmarkMonitor(Callback):
             worse = drop(figure, self.baseline.setdefault(name, figure.value))
             if worse is not None:
                 values[f"benchmark_drop/{name}"] = worse
-        elapsed = time.perf_counter() - started
-        self.seconds += elapsed
-        replay = _replay(trainer)
-        if replay is not None:
-            replay.monitoring_seconds += elapsed
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        values[_SECONDS] = sum(each.seconds for each in callbacks if isinstance(each, BenchmarkMonitor))
-        self._measured_at = trainer.global_step
-        self._values = values
-        log_values(trainer, values, step)
+        self._add_seconds(trainer, time.perf_counter() - started)
+        self._log(trainer, values, step)
 
     def _figures(self, trainer: pl.Trainer, pl_module: pl.LightningModule, processes: Processes) -> dict[str, Figure]:
         """All figures, the same in every process."""
         model, heed = self._model, functools.partial(heed_sigterm, trainer)
         assert model is not None
-        tokenizer = find_tokenizer(self, _replay(trainer), trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        tokenizer = find_tokenizer(self, replay_of(trainer), trainer.datamodule, pl_module)  # type: ignore[attr-defined]
         figures: dict[str, Figure] = {}
         with evaluating(model.module), trainer.precision_plugin.val_step_context():
             if self._harness is not None:
@@ -296,11 +233,6 @@ class BenchmarkMonitor(Callback):
                 f"{[name for name in figures if name.partition('/')[0] in self.probes]}."
             )
         return figures
-
-    def _language_model(self, trainer: pl.Trainer) -> str | None:
-        """The path of the language model: this callback's, or else that of the Trainer's ``SelfGeneratedReplay``."""
-        replay = _replay(trainer)
-        return replay.language_model if self.language_model is None and replay is not None else self.language_model
 
     def _probed(self, name: str, probe: Probe, model: LanguageModel, tokenizer: Any) -> dict[str, Figure]:
         with self._seeded(model.device):
@@ -320,11 +252,6 @@ def _names(tasks: Any) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`tasks` names tasks of lm-evaluation-harness, as in ['arc_easy']; got {tasks!r}.")
     return list(dict.fromkeys(names))
-
-
-def _replay(trainer: pl.Trainer) -> SelfGeneratedReplay | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, SelfGeneratedReplay)), None)
 
 
 def _together(trainer: pl.Trainer, function: Callable[[Processes], T]) -> T:

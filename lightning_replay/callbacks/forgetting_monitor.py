@@ -7,24 +7,24 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_replay.callbacks.measuring import measure_set
+from lightning_replay.callbacks.monitor import Monitor
 from lightning_replay.callbacks.own_samples import own_samples_of
 from lightning_replay.callbacks.prior_sets import PriorSet, check_set, named_sets
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.batches import Batches
 from lightning_replay.data.prior import loader_of
 from lightning_replay.models.head import OutputHeads
-from lightning_replay.models.language_model import LanguageModel, find_language_model
+from lightning_replay.models.language_model import find_language_model
 from lightning_replay.references.keeper import ReferenceKeeper
 from lightning_replay.references.reference import Auto, Save
 from lightning_replay.sampling.sampling import Sampling
-from lightning_replay.utilities.distributed import check_strategy, is_sharded
-from lightning_replay.utilities.logging import log_values, next_step, publish
+from lightning_replay.utilities.distributed import is_sharded
+from lightning_replay.utilities.logging import next_step, publish
 from lightning_replay.utilities.progress import heed_sigterm
 from lightning_replay.utilities.validation import check_package, is_whole
 
@@ -39,7 +39,7 @@ _TAKEN = {
 """Names that no prior set can have, and why."""
 
 
-class ForgettingMonitor(Callback):
+class ForgettingMonitor(Monitor):
     """Measures what a language model forgets, before, during and after training, with and without prior data.
 
     Without prior data, ``ForgettingMonitor()``, it measures the model on rows that it sampled from itself before the
@@ -133,6 +133,8 @@ class ForgettingMonitor(Callback):
         >>> without_prior_data = ForgettingMonitor()
     """
 
+    _seconds_key = "forgetting/seconds"
+
     def __init__(
         self,
         prior: Mapping[str, PriorSet] | Sequence[tuple[str, PriorSet]] | None = None,
@@ -157,36 +159,20 @@ class ForgettingMonitor(Callback):
                 raise ValueError(f"A prior set can't be named {taken!r}: {reason}.")
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
-        if not is_whole(every_n_steps, 0):
-            raise ValueError(
-                f"`every_n_steps` is the optimizer steps between measurements or 0; got {every_n_steps!r}."
-            )
+        super().__init__(every_n_steps, language_model)
         if max_batches is not None and not is_whole(max_batches, 1):
             raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
         for name, loader in sets:
             check_set(name, loader, max_batches)
         self.prior = dict(sets)
-        self.every_n_steps = every_n_steps
         self.max_batches = max_batches
         self.kl = kl
-        self.language_model = language_model
-        self.baseline: dict[str, float] = {}
-        """Loss on each set at fit start, in nats a token."""
-
-        self.seconds = 0.0
-        """Wall-clock time spent on measuring, over all fits."""
-
         self.own_samples = own_samples_of(self_rows, sampling, sequence_length, prior is None, max_batches, kl)
         """The rows of the set ``self``, if it is measured."""
 
         self._names = sorted(names if self.own_samples is None else [*names, _SELF])
         self._own_reference = ReferenceKeeper(Auto(save=save_reference), owner=",".join(self._names))
         self._loaders: dict[str, Batches] = {}
-        self._resumed = False
-        self._measured_at = -1
-        self._values: dict[str, float] = {}
-        self._model: LanguageModel | None = None
-        self._heads = OutputHeads()
 
     @property
     @override
@@ -200,11 +186,10 @@ class ForgettingMonitor(Callback):
             return
         # Not earlier: a checkpoint saved after the last fit still needs that fit's reference.
         self._own_reference.begin_fit(trainer)
-        self.baseline, self._resumed = {}, False
-        self._loaders, self._values = {}, {}
+        self._begin_fit(trainer)
+        self._loaders = {}
         if self.own_samples is not None:
             self.own_samples.forget()
-        check_strategy(trainer, "ForgettingMonitor")
         others = [c for c in trainer.callbacks if isinstance(c, ForgettingMonitor) and c is not self]  # type: ignore[attr-defined]
         shared = sorted({name for other in others for name in other._names} & set(self._names))
         if shared:
@@ -224,7 +209,7 @@ class ForgettingMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._own_reference.begin_training()
         self._heads = OutputHeads()
-        self._model = find_language_model(pl_module, self._language_model(trainer))
+        self._model = find_language_model(pl_module, self._path_of_model(trainer))
         if self.own_samples is not None and self.own_samples.held is not None:
             self._loaders[_SELF] = self.own_samples.batches()
         if self._resumed:
@@ -237,7 +222,7 @@ class ForgettingMonitor(Callback):
             )
         if self.own_samples is not None:
             self._keeper(trainer).get(trainer, self._model)  # a checkpoint may be saved before the first batch
-        self._measure(trainer, pl_module, next_step(trainer), list(self._loaders))
+        self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
             for name, loader in self._loaders.items():
                 if next(iter(loader), None) is None:
@@ -262,21 +247,6 @@ class ForgettingMonitor(Callback):
         self._measure(trainer, pl_module, next_step(trainer), [_SELF])
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        # With gradient accumulation, several batches end at one global step.
-        if due and trainer.global_step != self._measured_at:
-            # Lightning counts this batch only after its hooks.
-            self._measure(trainer, pl_module, next_step(trainer) + 1, list(self._loaders))
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at:
-            self._measure(trainer, pl_module, next_step(trainer), list(self._loaders))
-
-    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -290,35 +260,22 @@ class ForgettingMonitor(Callback):
             self._own_reference.load(trainer, checkpoint)
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._model, self._heads = None, OutputHeads()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._model, self._heads = None, OutputHeads()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "baseline": self.baseline,
-            "measured_at": self._measured_at,
-            "values": self._values,
-            "seconds": self.seconds,
-            "self_rows": None if self.own_samples is None else self.own_samples.state_dict(),
-        }
+        own = None if self.own_samples is None else self.own_samples.state_dict()
+        return {**super().state_dict(), "self_rows": own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.baseline = dict(state_dict["baseline"])
-        self._measured_at = state_dict["measured_at"]
-        self._values = dict(state_dict.get("values", {}))
-        self.seconds = state_dict.get("seconds", 0.0)
-        self._resumed = bool(self.baseline)  # empty if it was saved before the first step
+        super().load_state_dict(state_dict)
         if self.own_samples is not None:
             self.own_samples.load_state_dict(state_dict["self_rows"])
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, names: Sequence[str]) -> None:
-        """Evaluate some sets, log the values and publish them to other callbacks."""
+    @override
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, names: Sequence[str] | None = None
+    ) -> None:
+        """Evaluate some sets, by default all, and log the values."""
+        names = list(self._loaders) if names is None else names
         if not names:
             return
         values: dict[str, float] = {}
@@ -329,17 +286,7 @@ class ForgettingMonitor(Callback):
             for name in names:
                 values |= self._evaluate(trainer, pl_module, name)
         self._add_seconds(trainer, time.perf_counter() - started)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        values["forgetting/seconds"] = sum(each.seconds for each in callbacks if isinstance(each, ForgettingMonitor))
-        self._measured_at = trainer.global_step
-        self._values |= values
-        log_values(trainer, values, step)
-
-    def _add_seconds(self, trainer: pl.Trainer, elapsed: float) -> None:
-        self.seconds += elapsed
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SelfGeneratedReplay):
-                callback.monitoring_seconds += elapsed
+        self._log(trainer, values, step)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> dict[str, float]:
         model = self._model
@@ -378,14 +325,6 @@ class ForgettingMonitor(Callback):
             heed_sigterm(trainer)
             if index % processes == rank:
                 yield batch
-
-    def _language_model(self, trainer: pl.Trainer) -> str | None:
-        """The path of the language model: this callback's, or else that of the Trainer's ``SelfGeneratedReplay``."""
-        if self.language_model is not None:
-            return self.language_model
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        paths = (callback.language_model for callback in callbacks if isinstance(callback, SelfGeneratedReplay))
-        return next((path for path in paths if path is not None), None)
 
     def _keeper(self, trainer: pl.Trainer) -> ReferenceKeeper:
         """The replay callback's reference if that is the model at fit start, to keep no second copy."""
