@@ -13,7 +13,7 @@ from typing import Any
 
 from budget import MORE, new_loss, price
 from capacity import Start, narrow, wide
-from experiments import Lab, Report, count, main, table
+from experiments import Lab, Report, count, main, plain_numbers, table
 from matplotlib.figure import Figure
 from runs import Finetuning
 
@@ -48,6 +48,11 @@ class Case:
     steps: float
     more: float
     larger: float | None
+
+    @property
+    def gains(self) -> tuple[float, float, float | None]:
+        """Of twice the steps, a larger budget and a larger model."""
+        return self.steps, self.more, self.larger
 
     @property
     def least(self) -> float:
@@ -139,6 +144,8 @@ def verdict(lab: Lab) -> Report:
             ylabel="nats of new-task loss a nat of drift",
             yscale="log",
         )
+        plain_numbers(axis.yaxis)
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(frameon=False)
 
     right = sum(case.is_right for case in clear)
@@ -149,7 +156,7 @@ def verdict(lab: Lab) -> Report:
         f"{', '.join(f'{each:g}' for each in lab.scale.verdict_budgets)}, {count(lab.seeds, 'seed')}",
         paper="",
         ours=f"right in {right} of {len(clear)} clear-cut cases; of the other {len(cases) - len(clear)}, "
-        f"{sum(case.result['verdict'] == 'unknown' for case in cases if not case.is_clear)} left open",
+        f"{sum(case.verdict.helps == 'unknown' for case in cases if not case.is_clear)} left open",
         details=table(
             [
                 "parameters",
@@ -170,9 +177,7 @@ def verdict(lab: Lab) -> Report:
                     f"{case.budget:g}",
                     f"{new_loss(case.result):.2f}",
                     f"{price(case.result):.1f}",
-                    f"{case.steps:+.3f}",
-                    f"{case.more:+.3f}",
-                    "" if case.larger is None else f"{case.larger:+.3f}",
+                    *("" if gain is None else f"{gain:+.3f}".replace("-", "−") for gain in case.gains),
                     f"{case.least:.3f}",
                     case.truth,
                     "yes" if case.is_clear else "no",
