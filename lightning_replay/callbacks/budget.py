@@ -237,7 +237,7 @@ class BudgetController:
             return "Forgetting budget: no row was drawn for the first time, so the drift was never measured."
         line = f"Forgetting budget: drift {self.drift:.3g} of {self.allowed:.3g} nats a token"
         if self._unmeasured > _HELD:
-            line += f" {self._unmeasured} steps before the end, after which no row was drawn for the first time"
+            line += f", last measured {self._unmeasured} steps before the end, since when no new row was drawn"
         if self.drift > (1 + NEAR) * self.allowed:
             return (
                 f"{line}, which was not held, with a coefficient of {self.coefficient:.3g}. Use a lower learning rate, "

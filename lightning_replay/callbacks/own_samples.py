@@ -133,17 +133,13 @@ class OwnSamples:
             )
         self.held = held
 
-    def batches(self) -> list[dict[str, Tensor]]:
-        """The rows as batches such as a model is trained on; whole samples in each."""
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The rows as tokens and targets; whole samples in each batch. A row's last token is not read."""
         assert self.held is not None
         rows = self.held
-        labels = rows.tokens.masked_fill(~rows.target_tokens, IGNORED)
-        whole = {"input_ids": rows.tokens, "attention_mask": rows.mask.long(), "labels": labels}
+        tokens, targets = rows.tokens[:, :-1], rows.tokens.masked_fill(~rows.target_tokens, IGNORED)[:, 1:]
         size = max(_BATCH // self._rows_in_sample, 1) * self._rows_in_sample
-        return [
-            {name: part[start : start + size] for name, part in whole.items()}
-            for start in range(0, len(rows.tokens), size)
-        ]
+        return list(zip(torch.split(tokens, size), torch.split(targets, size), strict=True))
 
     def sizes(self, targets: Tensor) -> list[int]:
         """The number of tokens to predict in each sample of a batch, whose targets are ``(rows, positions)``."""

@@ -42,7 +42,7 @@ class Course:
     Example:
         >>> course = Course()
         >>> for step in range(1000):
-        ...     course.add(6.0 - math.log(step + 1))
+        ...     course.add(9.0 - math.log(step + 1))
         >>> round(course.gain().fall, 2)
         0.69
     """
@@ -69,17 +69,26 @@ class Course:
             self._span *= 2
 
     def gain(self) -> Gain | None:
-        """By how much it would fall in twice the steps, if it went on as over the last three quarters of the run.
+        """By how much it would fall in twice the steps, if it went on as before; of a loss, not below zero.
 
-        A straight line over the logarithm of the steps, by least squares. The error takes into account that what is
-        left over is correlated: the drift swings around its budget, and the loss with it.
+        Before is the last three quarters of the run, or its last half if it fell clearly less there: a figure that
+        levels off falls less and less even with the logarithm of the steps.
 
         Returns:
             None if there are too few values.
         """
         if len(self._means) < _FEWEST:
             return None
-        first = len(self._means) // 4
+        gain, late = self._trend(len(self._means) // 4), self._trend(len(self._means) // 2)
+        gain = late if late.fall + late.error < gain.fall else gain
+        return gain._replace(fall=min(gain.fall, max(0.0, fmean(self._means[-4:]))))
+
+    def _trend(self, first: int) -> Gain:
+        """By a straight line over the logarithm of the steps, by least squares, from a mean on.
+
+        The error takes into account that what is left over is correlated: the drift swings around its budget, and the
+        loss with it.
+        """
         means = np.array(self._means[first:])
         x = np.log(np.arange(first, len(self._means)) + 0.5)
         x -= x.mean()

@@ -61,7 +61,8 @@ def find_prompts(given: PromptsLike | None, model: LanguageModel, tokenizer: Any
         if token is None:
             raise MisconfigurationException(
                 "Samples begin with the beginning-of-sequence or end-of-text token, but neither a tokenizer nor the "
-                f"configuration of {type(model.module).__name__} names it. Pass `prompts=[[token_id]]`."
+                f"configuration of {type(model.module).__name__} names it. Pass "
+                "`sampling=Sampling(prompts=[[token_id]])`."
             )
         return Prompts([[token]], [])
     if not isinstance(given[0], str):

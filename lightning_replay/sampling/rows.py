@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_replay.buffers.rows import ReplayRows
-from lightning_replay.models.language_model import LanguageModel, check_tokens
+from lightning_replay.models.language_model import LanguageModel, check_tokens, evaluating
+from lightning_replay.models.probe import shown
 from lightning_replay.sampling.decoder import rows_at_a_time
 from lightning_replay.sampling.draw import sample_rows, stop_tokens
 from lightning_replay.sampling.prompts import Prompts, find_prompts
@@ -31,6 +34,10 @@ _MANY, _FEW = 8, 0.05
 """Tokens that can't be equal by chance, and the share of samples of equal ones that is no cause for worry."""
 _ROUNDS = 10
 """How often more samples are drawn if filters drop too many."""
+
+
+_FAILURES: "WeakKeyDictionary[nn.Module, dict[int, str | None]]" = WeakKeyDictionary()
+"""Why models whose context is not known can't read rows of so many tokens; None if they can."""
 
 
 class RowGenerator:
@@ -109,6 +116,12 @@ class RowGenerator:
                 f"Samples of {piece} tokens don't fit {type(model.module).__name__}, which takes {model.context} at "
                 f"most. Set `sequence_length` (and `length` of Sampling) to {model.context} or fewer."
             )
+        failure = _failure(model, piece - 1)  # the last token is not read
+        if failure is not None:
+            raise MisconfigurationException(
+                f"{type(model.module).__name__} can't read samples of {piece} tokens: {failure}. Set "
+                "`sequence_length` (and `length` of Sampling) to what it takes."
+            )
         room = piece - len(self._prompts.reply)
         fitting = [start for start in self._prompts.starts if len(start) < room]
         if not fitting:
@@ -127,8 +140,8 @@ class RowGenerator:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
         if self.sampling.length is not None:
             return self.sampling.length
-        cuts = self.sampling.prompts is None and (model.context is None or 2 * length <= model.context)
-        return 2 * length if cuts else length
+        fits = _failure(model, 2 * length - 1) is None if model.context is None else 2 * length <= model.context
+        return 2 * length if self.sampling.prompts is None and fits else length
 
     def generate(
         self,
@@ -366,3 +379,18 @@ def _joined(parts: Sequence[Samples]) -> Samples:
 
 def _counts(dropped: Counter[str]) -> str:
     return ", ".join(f"{name} dropped {number}" for name, number in dropped.items()) or "no filter dropped any"
+
+
+def _failure(model: LanguageModel, length: int) -> str | None:
+    """What a model raises for a row of tokens, tried once if its configuration does not tell; None if it reads it."""
+    if model.context is not None or length < 1:
+        return None
+    known = _FAILURES.setdefault(model.module, {})
+    if length not in known:
+        try:
+            with evaluating(model.module), isolate_rng():
+                model.logits(torch.zeros(1, length, dtype=torch.long, device=model.device))
+            known[length] = None
+        except Exception as error:  # whatever the user's forward raises
+            known[length] = shown(error)
+    return known[length]

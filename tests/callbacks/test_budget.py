@@ -122,7 +122,7 @@ def test_steps_without_a_measurement_change_nothing() -> None:
     assert controller.state_dict() == before | {"unmeasured": 3}
     for step in range(60):
         controller.update(step)
-    assert "63 steps before the end" in controller.summary()
+    assert "last measured 63 steps before the end" in controller.summary()
 
 
 def test_measurements_of_a_step_count_by_their_tokens() -> None:

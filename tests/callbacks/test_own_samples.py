@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_replay import (
@@ -24,8 +25,10 @@ from lightning_replay.callbacks.own_samples import SampleDrift
 from lightning_replay.models.language_model import find_language_model
 from lightning_replay.utilities.seeds import held_out_seed, stream
 from tests.helpers.modules import (
+    VOCABULARY,
     DrawnRows,
     HandWritten,
+    PairModule,
     TokensModule,
     UserModule,
     mapping_loader,
@@ -292,7 +295,7 @@ def test_an_adapter_that_is_switched_off_is_the_model_at_fit_start(tiny_llama: M
 
 def test_a_model_without_a_start_token_is_refused_until_it_has_prompts() -> None:
     module = TokensModule(HandWritten())
-    with pytest.raises(MisconfigurationException, match=r"Pass `prompts=\[\[token_id\]\]`"):
+    with pytest.raises(MisconfigurationException, match=r"Pass `sampling=Sampling\(prompts=\[\[token_id\]\]\)`"):
         quiet_trainer(callbacks=[ForgettingMonitor()]).fit(module, tensor_loader())
     assert not module.batches
     monitor = ForgettingMonitor(sampling=Sampling(prompts=[[3], [4, 5]]))
@@ -374,3 +377,33 @@ def test_the_error_is_the_spread_of_what_other_rows_would_have_measured(tiny_lla
     spread, error = float(torch.tensor(measured).std()), sum(errors) / len(errors)
     assert len(set(measured)) == 40
     assert error == pytest.approx(spread, rel=0.3)
+
+
+@pytest.mark.parametrize("pair", [True, False], ids=["(tokens, targets)", "tokens"])
+def test_a_model_that_does_not_tell_its_context_is_trained_and_measured_at_full_context(pair: bool) -> None:
+    context = 12
+    model = HandWritten(context=context)
+    length = context + 1 if pair else context  # of a replay row: what the model reads, and a token more to predict
+    rows = torch.randint(VOCABULARY, (32, context + 1), generator=torch.Generator().manual_seed(0))
+    data = list(zip(rows[:, :-1], rows[:, 1:], strict=True)) if pair else list(rows[:, :context])
+    loader: DataLoader[Any] = DataLoader(data, 4)  # type: ignore[arg-type]
+    sampling = Sampling(prompts=[[1]])
+    replay = SelfGeneratedReplay(sampling=sampling, seed=0, uses_per_sample=1)
+    monitor = ForgettingMonitor(self_rows=8)
+    module = PairModule(model) if pair else TokensModule(model)
+    trainer = quiet_trainer(max_steps=4, callbacks=[replay, monitor])
+    trainer.fit(module, loader)
+    assert replay.rows.buffer is not None
+    assert replay.rows.buffer.length == length
+    assert float(trainer.callback_metrics["forgetting/self"]) > 0
+
+
+@pytest.mark.parametrize("options", [{"sequence_length": 20}, {"sampling": Sampling(prompts=[[1]], length=40)}])
+def test_rows_that_a_model_can_not_read_are_refused_before_the_first_step(options: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"sampling": Sampling(prompts=[[1]]), "sequence_length": 20} | options
+    module = TokensModule(HandWritten(context=12))
+    loader: DataLoader[Any] = DataLoader(torch.randint(VOCABULARY, (32, 12)), 4)
+    before = weights(module.model)
+    with pytest.raises(MisconfigurationException, match=r"can't read samples of .*IndexError.*Set `sequence_length`"):
+        quiet_trainer(max_steps=2, callbacks=[SelfGeneratedReplay(**given)]).fit(module, loader)
+    assert torch.equal(weights(module.model), before)
