@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (*_TOLD, RuntimeError, TypeError) as error:
         if debug:
             raise
-        print(str(error) or type(error).__name__, file=sys.stderr)
+        print(_reason(str(error)) or type(error).__name__, file=sys.stderr)
         if not isinstance(error, _TOLD):  # it may be no mistake of the user's
             print(f"{type(error).__name__}; run the command with {DEBUG} for its traceback.", file=sys.stderr)
         raise SystemExit(1) from error
@@ -101,6 +101,24 @@ _RUN: dict[str, Callable[..., None]] = {
 }
 
 
+def _reason(message: str) -> str:
+    """What an object's own code said, where the parser lists all types that a setting might have had instead."""
+    if not message.startswith("Does not validate against any of the Union"):
+        return message
+    said = [line.strip().removeprefix("- ") for line in message.splitlines() if line.lstrip().startswith("- ")]
+    told = [line for line in said if not line.startswith(_OF_THE_PARSER)]
+    return "\n".join(dict.fromkeys(told)) or message
+
+
+_OF_THE_PARSER = (
+    "Does not validate",
+    "Expected a",
+    "Not a valid subclass",
+    "Import path",
+    "a class path",
+    "a dict with",
+)
+"""How the parser's own lines begin."""
 _SHOWN = (
     *("help", "output", "seed", "runs", "new_loss"),
     *("config", "print_config", "model", "rows", "sequence_length", "reference_top_k"),

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_replay.data.files import explained, read_documents
-from lightning_replay.utilities.validation import is_number, is_whole
+from lightning_replay.utilities.validation import check_model_folder, is_number, is_whole
 
 __all__ = ["DocumentDataModule"]
 
@@ -73,6 +73,7 @@ class DocumentDataModule(pl.LightningDataModule):
         if document_separator == "":
             raise ValueError("`document_separator` is a text of at least one character, or None; got ''.")
         self.data = str(data)
+        check_model_folder(tokenizer)
         if isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
         if not callable(tokenizer):

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_replay.models.language_model import is_adapted
 from lightning_replay.utilities.distributed import is_sharded
-from lightning_replay.utilities.validation import check_choice, is_number, is_whole
+from lightning_replay.utilities.validation import check_choice, check_model_folder, is_number, is_whole
 
 __all__ = ["CausalLM", "try_saving"]
 
@@ -58,6 +58,7 @@ class CausalLM(pl.LightningModule):
         ValueError: If a number is out of its range, ``schedule`` is unknown, the model needs code of its own, PEFT does
             not know ``adapter``, or ``model_options`` is given for a model that is loaded already.
         ModuleNotFoundError: If ``adapter`` is given and PEFT is not installed.
+        FileNotFoundError: If ``model`` is a path to no folder.
         MisconfigurationException: If ``save_to`` is given and the strategy shards the weights, the model can't be saved
             (as if it is quantized), or the folder can't be written.
 
@@ -200,6 +201,7 @@ def _loaded(model: str | Path, options: dict[str, Any], trust_remote_code: bool)
             f"`trust_remote_code` is an argument of its own; got it among `model_options`: {options!r}. Pass "
             f"`trust_remote_code={options['trust_remote_code']!r}`."
         )
+    check_model_folder(model)
     default = {} if "torch_dtype" in options else {"dtype": torch.float32}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=trust_remote_code, **default | options

@@ -19,7 +19,7 @@ from lightning_replay.references.cached import cache_reference
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.logging import filter_name
-from lightning_replay.utilities.validation import is_number, is_whole
+from lightning_replay.utilities.validation import check_model_folder, is_number, is_whole
 
 __all__ = ["Recipe", "ShardMaker", "differences"]
 
@@ -81,12 +81,14 @@ class ShardMaker:
         device: Where the model runs; by default as in the recipe.
 
     Raises:
+        FileNotFoundError: If the model is a path to no folder.
         MisconfigurationException: If the samples don't fit the model.
     """
 
     def __init__(self, recipe: Recipe, batch_size: int | None = None, device: str | None = None) -> None:
         self.recipe = recipe = recipe.here()
         trust = {"trust_remote_code": recipe.trust_remote_code}
+        check_model_folder(recipe.model)
         with isolate_rng():
             module = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype), **trust)
         self.tokenizer = _tokenizer(recipe)

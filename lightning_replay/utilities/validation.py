@@ -1,12 +1,22 @@
 """Checks of user input that several modules share."""
 
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_ids", "check_choice", "check_package", "described", "is_integer", "is_number", "is_whole"]
+__all__ = [
+    "are_ids",
+    "check_choice",
+    "check_model_folder",
+    "check_package",
+    "described",
+    "is_integer",
+    "is_number",
+    "is_whole",
+]
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
@@ -28,6 +38,29 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     """
     if value not in get_args(choices):
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
+
+
+def check_model_folder(given: Any) -> None:
+    """Raise an error for a path to nothing, which ``from_pretrained`` would take for a malformed name on the hub.
+
+    Raises:
+        FileNotFoundError: If a text or path that can't be a name on the hub is no folder.
+
+    Example:
+        >>> check_model_folder("gpt2")
+        >>> check_model_folder("/nowhere/gpt2")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: There is no folder '/nowhere/gpt2' with a model. A name on the hub is 'name' or 'owner/name'.
+    """
+    if not isinstance(given, (str, Path)):
+        return
+    text = str(given)
+    is_path = isinstance(given, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if is_path and not Path(given).is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {text!r} with a model. A name on the hub is 'name' or 'owner/name'."
+        )
 
 
 def is_number(value: Any) -> bool:

@@ -402,7 +402,7 @@ def test_a_model_that_does_not_tell_its_context_is_trained_and_measured_at_full_
 def test_rows_that_a_model_can_not_read_are_refused_before_the_first_step(options: dict[str, Any]) -> None:
     given: dict[str, Any] = {"sampling": Sampling(prompts=[[1]]), "sequence_length": 20} | options
     module = TokensModule(HandWritten(context=12))
-    loader: DataLoader[Any] = DataLoader(torch.randint(VOCABULARY, (32, 12)), 4)
+    loader: DataLoader[Any] = DataLoader(list(torch.randint(VOCABULARY, (32, 12))), 4)  # type: ignore[arg-type]
     before = weights(module.model)
     with pytest.raises(MisconfigurationException, match=r"can't read samples of .*IndexError.*Set `sequence_length`"):
         quiet_trainer(max_steps=2, callbacks=[SelfGeneratedReplay(**given)]).fit(module, loader)

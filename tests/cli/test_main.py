@@ -155,3 +155,20 @@ def test_a_process_exits_with_the_code_and_shows_a_traceback_only_with_debug(tmp
     missing = str(tmp_path / "missing")
     assert run("report", missing) == (1, False)
     assert run("--debug", "report", missing) == (1, True)
+
+
+def test_a_model_folder_that_is_missing_is_named_in_a_line_however_deep_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("new.txt", "prior.txt"):
+        (tmp_path / name).write_text("one two three\n" * 50)
+    missing = str(tmp_path / "no" / "model")
+    config = str(Path(__file__).parents[2] / "examples" / "configs" / "text.yaml")
+    monkeypatch.setattr(sys, "argv", ["lightning-replay", "fit", "--config", config, "--model.model", missing])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"There is no folder {missing!r} with a model. A name on the hub is 'name' or 'owner/name'."
+    assert not any("Union" in line for line in said)
