@@ -440,7 +440,10 @@ def test_text_is_packed_without_the_tokens_that_a_tokenizer_lacks(stories: Path)
 def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) -> None:
     module = PlainDescent(tiny_llama(bos_token_id=None, eos_token_id=None))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, r"Samples begin with .* neither a tokenizer nor the configuration .*`sampling=Sampling\(prompts=\[\[token_id\]\]\)`"),
+        (
+            {},
+            r"Samples begin with .* neither a tokenizer nor the configuration .*`sampling=Sampling\(prompts=\[\[token_id\]\]\)`",
+        ),
         (
             {"sampling": Sampling(prompts=[[5]], stop_at_eos=True)},
             "needs to know the end token, but neither a tokenizer nor",
