@@ -442,7 +442,7 @@ def test_samples_need_a_start_token_or_prompts(stories: Path, tiny_llama: Make) 
     cases: list[tuple[dict[str, Any], str]] = [
         (
             {},
-            r"Samples begin with .* neither a tokenizer nor the configuration .*`sampling=Sampling\(prompts=\[\[token_id\]\]\)`",
+            r"Samples begin with .* neither a tokenizer nor the configuration .*Sampling\(prompts=\[\[token_id\]\]\)",
         ),
         (
             {"sampling": Sampling(prompts=[[5]], stop_at_eos=True)},
