@@ -415,7 +415,7 @@ def test_rows_longer_than_the_context_are_refused_when_the_data_tells_their_leng
 
 def test_a_model_without_a_known_start_token_asks_for_prompts() -> None:
     module = TokensModule(HandWritten())
-    with pytest.raises(MisconfigurationException, match=r"Pass `prompts=\[\[token_id\]\]`"):
+    with pytest.raises(MisconfigurationException, match=r"Pass `sampling=Sampling\(prompts=\[\[token_id\]\]\)`"):
         train(module, ReplayDataModule(tensor_loader(), 0.2), SelfGeneratedReplay())
     assert not module.batches
 
