@@ -22,7 +22,7 @@ from arms import PLAIN
 from experiments import Lab, Report, cell, count, main, plain_numbers, table
 from learning_rate import scientific
 from matplotlib.figure import Figure
-from runs import Point, Trajectory, at_new_loss, forgetting
+from runs import Point, Trajectory, at_new_loss, forgetting, trajectory
 from transformers import AutoConfig
 
 from lightning_replay.report.plots import Look
@@ -169,11 +169,6 @@ def runs_of(lab: Lab, ways: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -
     runs = [Alternative(**usual | {"seed": seed} | dict(way)) for way in ways for seed in seeds]
     results = iter(lab.results(runs))
     return [[next(results) for _ in seeds] for _ in ways]
-
-
-def trajectory(result: Mapping[str, Any]) -> Trajectory:
-    """What was measured during a fit."""
-    return [Point(**point) for point in result["points"]]
 
 
 def interpolation(result: Mapping[str, Any]) -> Trajectory:

@@ -14,7 +14,7 @@ from typing import Any
 from experiments import Lab, Report, cell, count, main, plain_numbers, table
 from learning_rate import scientific
 from matplotlib.figure import Figure
-from runs import Finetuning, Point, Text, Trajectory, forgetting
+from runs import Finetuning, Text, Trajectory, forgetting, trajectory
 
 from lightning_replay import ForgettingBudget
 from lightning_replay.report.plots import Look
@@ -108,7 +108,7 @@ def price(result: Mapping[str, Any]) -> float:
 
 def forgotten(result: dict[str, Any]) -> float:
     """The rise of the prior loss in a run."""
-    return forgetting([Point(**point) for point in result["points"]])
+    return forgetting(trajectory(result))
 
 
 def budget(lab: Lab) -> Report:
@@ -145,7 +145,7 @@ def budget(lab: Lab) -> Report:
         found: dict[int, list[Trajectory]] = {}
         for coefficient in COEFFICIENTS:
             for seed, result in by_seed(name, coefficient).items():
-                found.setdefault(seed, []).append([Point(**point) for point in result["points"]])
+                found.setdefault(seed, []).append(trajectory(result))
         return found
 
     held = [

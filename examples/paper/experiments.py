@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from runs import Finetuning, Point, Pretraining, Run, Text, Trajectory, prepare_worker
+from runs import Finetuning, Pretraining, Run, Text, Trajectory, prepare_worker, trajectory
 
 from lightning_replay.report.plots import STYLE
 from lightning_replay.utilities.io import atomic_write
@@ -155,7 +155,7 @@ class Lab:
 
     def trajectories(self, runs: Sequence[Finetuning]) -> list[Trajectory]:
         """Do the finetunings that have not been done, and return what was measured in each."""
-        return [[Point(**point) for point in result["points"]] for result in self.results(runs)]
+        return [trajectory(result) for result in self.results(runs)]
 
     def _begin(self, run: Run) -> Future[dict[str, Any]]:
         with self._lock:

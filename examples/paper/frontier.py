@@ -22,7 +22,7 @@ from arms import PLAIN, Arm, at_one_loss, removed
 from experiments import Lab, Report, cell, count, main, table, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting
+from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting, trajectory
 
 from lightning_replay import KL, Copy
 from lightning_replay.report.plots import Look
@@ -234,7 +234,7 @@ def frontier(lab: Lab) -> Report:
         for pair in pairs
         for name in pair.names
     }
-    done = {key: [Point(**point) for point in result["points"]] for key, result in lab.done(runs).items()}
+    done = {key: trajectory(result) for key, result in lab.done(runs).items()}
     if lab.time:
         write_csv(lab.folder / TIMES, measured_times(lab, arms))
     times = read_times(lab.folder / TIMES)

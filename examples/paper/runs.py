@@ -71,6 +71,11 @@ Trajectory = list[Point]
 OF_BUDGETS = ("replay/drift", "replay/coefficient", "replay/price")
 
 
+def trajectory(result: Mapping[str, Any]) -> Trajectory:
+    """What was measured during a fit."""
+    return [Point(**point) for point in result["points"]]
+
+
 @dataclass(frozen=True)
 class Run:
     """All that a run depends on."""

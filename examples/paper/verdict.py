@@ -19,12 +19,10 @@ from runs import Finetuning
 
 from lightning_replay import ForgettingBudget
 from lightning_replay.callbacks.budget import NEAR
-from lightning_replay.callbacks.verdict import Course, Verdict
+from lightning_replay.callbacks.verdict import LITTLE, Course, Verdict
 from lightning_replay.callbacks.verdict import verdict as verdict_of
 from lightning_replay.report.plots import Look
 
-LITTLE = 0.02
-"""Which share of what a run has gained is too little to ask for, as in the verdict itself."""
 CLEAR = 1.5
 """By which factor a gain has to be above or below that for a case to be clear-cut."""
 

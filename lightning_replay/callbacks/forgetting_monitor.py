@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_replay.callbacks.measuring import measure_set
 from lightning_replay.callbacks.monitor import Monitor
 from lightning_replay.callbacks.own_samples import own_samples_of
-from lightning_replay.callbacks.prior_sets import PriorSet, check_set, named_sets
+from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.batches import Batches
 from lightning_replay.data.prior import loader_of
@@ -26,7 +26,7 @@ from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import is_sharded
 from lightning_replay.utilities.logging import next_step, publish
 from lightning_replay.utilities.progress import heed_sigterm
-from lightning_replay.utilities.validation import check_package, is_whole
+from lightning_replay.utilities.validation import check_package
 
 __all__ = ["ForgettingMonitor"]
 
@@ -160,8 +160,7 @@ class ForgettingMonitor(Monitor):
         if len(set(names)) < len(names):
             raise ValueError(f"Two prior sets have one name, so their values would overwrite each other: {names}.")
         super().__init__(every_n_steps, language_model)
-        if max_batches is not None and not is_whole(max_batches, 1):
-            raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
+        check_max_batches(max_batches)
         for name, loader in sets:
             check_set(name, loader, max_batches)
         self.prior = dict(sets)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_replay.buffers.rows import ReplayRows
+from lightning_replay.callbacks.monitor import replay_of
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.data.batches import row_length
 from lightning_replay.data.replay import ReplayDataModule
@@ -78,8 +79,7 @@ class OwnSamples:
             TypeError: If no length is known and the batch holds no tokens.
             RuntimeError: If filters drop every sample.
         """
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        replay = next((each for each in callbacks if isinstance(each, SelfGeneratedReplay)), None)
+        replay = replay_of(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         sampling = self.sampling or (Sampling() if replay is None else replay.rows.generator.sampling)
         generator = RowGenerator(sampling)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_replay.data.batches import Batches, ModelInputs, inputs_and_targets
 from lightning_replay.models.language_model import LanguageModel, check_tokens
-from lightning_replay.utilities.validation import check_package
+from lightning_replay.utilities.validation import check_package, is_whole
 
 __all__ = ["PriorSet", "check_set", "checked_inputs", "named_sets"]
 
@@ -29,6 +29,16 @@ def named_sets(prior: Any) -> list[tuple[str, PriorSet]]:
             f"`prior` names held-out sets, as in {{'stories': loader}} or [('stories', loader)]; got {prior!r}."
         )
     return pairs
+
+
+def check_max_batches(max_batches: int | None) -> None:
+    """Refuse a number of batches to read of each set that is none.
+
+    Raises:
+        ValueError: If it is not at least 1 or None.
+    """
+    if max_batches is not None and not is_whole(max_batches, 1):
+        raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
 
 
 def check_set(name: Any, loader: Any, max_batches: int | None) -> None:

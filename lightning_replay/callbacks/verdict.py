@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["Course", "Gain", "Verdict", "verdict"]
+__all__ = ["LITTLE", "Course", "Gain", "Verdict", "verdict"]
 
 _MEANS = 64
 """How many means a course holds at most, and half as many at least once there were so many values."""
 _FEWEST = 16
 """Means that say whether a figure still falls."""
-_LITTLE = 0.02
+LITTLE = 0.02
 """Which share of what a run has gained so far is too little to ask for."""
 
 
@@ -132,7 +132,7 @@ def verdict(losses: Course, binds: bool, budget_gain: float | None) -> Verdict:
     gain = losses.gain()
     if gain is None:
         return Verdict("unknown", "The run is too short to say what would help.")
-    least = _LITTLE * losses.total_gain
+    least = LITTLE * losses.total_gain
     if gain.fall - gain.error > least:
         return Verdict(
             "steps", f"The new task's loss still falls: in twice the steps it would fall by about {gain.fall:.2g}."

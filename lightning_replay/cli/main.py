@@ -173,8 +173,7 @@ def _parser(full_help: bool) -> ArgumentParser:
         "interrupted, run it again: it continues where it stopped.\n"
         "Example: lightning-replay generate --model gpt2 --rows 10000 --sequence_length 128 --output rows",
     )
-    generate.add_argument("--config", action="config", help="A YAML file with the settings.")
-    generate.add_function_arguments(generate_rows, as_group=False)
+    _take_arguments(generate, generate_rows)
     commands.add_subcommand("generate", generate, help="Write replay rows that a model generates to a folder.")
 
     interpolation = ArgumentParser(
@@ -185,8 +184,7 @@ def _parser(full_help: bool) -> ArgumentParser:
         "Example: lightning-replay interpolate --finetuned last.ckpt --new TextDataModule --new.data new.txt "
         "--new.tokenizer gpt2 --max_forgetting 0.1 --save chosen",
     )
-    interpolation.add_argument("--config", action="config", help="A YAML file with the settings.")
-    interpolation.add_function_arguments(interpolate, as_group=False)
+    _take_arguments(interpolation, interpolate)
     interpolation.add_argument("--picture", type=Path | None, default=None, help="A file for the picture.")
     commands.add_subcommand("interpolate", interpolation, help="Interpolate between a model before and after a fit.")
 
@@ -196,3 +194,9 @@ def _parser(full_help: bool) -> ArgumentParser:
     for name, what in fit.COMMANDS.items():
         commands.add_subcommand(name, ArgumentParser(), help=what)
     return parser
+
+
+def _take_arguments(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+    """Let a command have the arguments of a function, on the command line or in a file."""
+    parser.add_argument("--config", action="config", help="A YAML file with the settings.")
+    parser.add_function_arguments(function, as_group=False)

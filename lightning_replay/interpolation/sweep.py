@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_replay.callbacks.measuring import measure_set
 from lightning_replay.callbacks.own_samples import OwnSamples, own_samples_of
-from lightning_replay.callbacks.prior_sets import PriorSet, check_set, named_sets
+from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
 from lightning_replay.data.batches import Batches, row_length
 from lightning_replay.data.prior import loader_of
 from lightning_replay.interpolation.ends import ends
@@ -188,8 +188,7 @@ def interpolate(
             f"Each set of `prior` has a name of its own, other than {_NEW!r}, the new task's, and {_SELF!r}, that of "
             f"the model's own samples; got {names[1:]}."
         )
-    if max_batches is not None and not is_whole(max_batches, 1):
-        raise ValueError(f"`max_batches` is at least 1, or None for all; got {max_batches!r}.")
+    check_max_batches(max_batches)
     if not is_whole(seed, 0):
         raise ValueError(f"`seed` is a whole number, at least 0; got {seed!r}.")
     for name, loader in sets:

@@ -140,8 +140,10 @@ class RowGenerator:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
         if self.sampling.length is not None:
             return self.sampling.length
+        if self.sampling.prompts is not None:
+            return length
         fits = _failure(model, 2 * length - 1) is None if model.context is None else 2 * length <= model.context
-        return 2 * length if self.sampling.prompts is None and fits else length
+        return 2 * length if fits else length
 
     def generate(
         self,

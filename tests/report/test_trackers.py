@@ -14,19 +14,8 @@ from lightning_replay.report.trackers import MLFLOW
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 from tests.report.test_page import run_without
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("_packages_stay_here")]
 Make = Callable[..., LlamaForCausalLM]
-
-
-@pytest.fixture(autouse=True)
-def _packages_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")  # its process is slow to start on a busy machine
-    for folder in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(folder, str(tmp_path / "own"))
 
 
 def train(tiny_llama: Make, folder: Path, kind: str) -> None:

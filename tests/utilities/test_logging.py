@@ -148,17 +148,6 @@ def unfenced(markdown: str) -> list[str]:
     return [text.strip("`\n") for text in markdown.split("\n\n")]
 
 
-@pytest.fixture
-def _packages_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB__SERVICE_WAIT", "240")  # its process is slow to start on a busy machine
-    for folder in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(folder, str(tmp_path / "own"))
-
-
 KINDS: dict[str, tuple[Callable[[Path], Logger], Callable[[Any], Logged]]] = {
     "csv": (write_csv, read_csv),
     "tensorboard": (write_tensorboard, read_tensorboard),
