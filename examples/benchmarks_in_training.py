@@ -11,14 +11,13 @@ second half or those of three other lines. Any task of the harness is measured i
 Prints a table. Takes 20 seconds with --quick.
 """
 
-import json
-import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from harness_task import NAME, write_task
 from quick import arguments
 from torch.nn import functional
 
@@ -37,30 +36,6 @@ lines = [line for line in Path(options.prior).read_text(encoding="utf-8").splitl
 lines = [" ".join(line.split()[: options.length // 2]) for line in dict.fromkeys(lines)][:DOCUMENTS]
 
 
-def write_task(folder: Path) -> None:
-    """The task's file and its documents, as the harness reads them from the monitor's ``include_path``."""
-    halves = [(line.split()[: len(line.split()) // 2], line.split()[len(line.split()) // 2 :]) for line in lines]
-    begins, ends = ([" ".join(half) for half in column] for column in zip(*halves, strict=True))
-    draw = random.Random(0)
-    rows = []
-    for begin, end in zip(begins, ends, strict=True):
-        others = draw.sample([other for other in dict.fromkeys(ends) if other != end], 3)
-        rows.append({"begin": begin, "ends": [end, *others]})
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = {
-        "task": "second_half",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{begin}}",
-        "doc_to_choice": "ends",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "second_half.yaml").write_text(json.dumps(task))  # JSON is YAML
-
-
 def loss(model: LanguageModel, tokenizer: Any) -> float:
     """Nats a token on ten lines: a probe, which any function of the model and its tokenizer can be."""
     losses = []
@@ -77,11 +52,11 @@ def text(file: str) -> TextDataModule:
 
 table = ["| replay | benchmark | before | after | ± standard error | drop |", "|---|---|---|---|---|---|"]
 with tempfile.TemporaryDirectory() as name:
-    write_task(Path(name))
+    write_task(lines, Path(name))
     for fraction in (0.0, options.replay_fraction):
         L.seed_everything(0, verbose=False)
         monitor = BenchmarkMonitor(
-            ["second_half"], {"loss": loss}, every_n_steps=options.steps, include_path=name, lower_is_better=["loss"]
+            [NAME], {"loss": loss}, every_n_steps=options.steps, include_path=name, lower_is_better=["loss"]
         )
         replay = [SelfGeneratedReplay()] if fraction else []
         trainer = L.Trainer(max_steps=options.steps, callbacks=[*replay, monitor], logger=False)

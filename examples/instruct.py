@@ -1,32 +1,38 @@
-"""A real instruction-tuned model finetuned on chats: what it forgets, with and without replay.
+"""A real instruction-tuned model finetuned: what it forgets, with and without replay.
 
-    pip install 'lightning-replay[peft]'
+    pip install 'lightning-replay[lm-eval,peft]'
     python examples/instruct.py --quick
     python examples/instruct.py --model DIR_OR_HUB_NAME --new problems.jsonl --known stories=stories.txt \
         --known plays=plays.txt --other spanish.txt --output runs/instruct
 
-New data are lines {"question": ..., "answer": ...}, as GSM8K has them; the loss is on the answers. The arms are plain
-finetuning, LoRA, replay of chats that the model samples itself, and replay of text of another kind. Each arm runs after
-the other, and a run that is done is not repeated, so the command can be stopped at any time.
+New data are lines {"question": ..., "answer": ...}, as GSM8K has them, with the loss on the answers; or a text, a
+document a line. The arms are plain finetuning, LoRA at ten times the rate, replay of chats that the model samples
+itself, and replay of text of another kind. A run that is done is not repeated, so the command can be stopped at any
+time.
 
-Measured before and after: the loss on held-out answers and the share of problems solved; forgetting on the model's own
-chats and on each known text; and the share of twenty instructions that are followed, such as "answer in JSON". Writes
-`instruct.csv` and prints a table. Takes a minute with --quick; 135 million parameters on two cores take half an hour an
-arm.
+Measured before and after: the loss on held-out new data and the share of held-out problems solved; forgetting on the
+model's own chats and on each known text; the share of twenty instructions that are followed, such as "answer in JSON";
+and a benchmark, which of four halves of lines continues a line of the first known text. Writes `instruct.csv` and
+prints a table. Takes a minute with --quick; 135 million parameters on two cores take half an hour an arm.
 """
 
 import argparse
 import csv
 import json
+import multiprocessing
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice, starmap
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import lightning as L
 import torch
+from harness_task import NAME, write_task
 from quick import LENGTH, quick_folder
 
 from lightning_replay import (
@@ -44,6 +50,8 @@ from lightning_replay import (
 from lightning_replay.utilities.io import atomic_write
 
 CHAT = Sampling(prompts="chat")
+ANSWERED = 20
+"""Questions that are answered at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,20 @@ class Arm:
         replay: Arguments of ``SelfGeneratedReplay``; None for no replay.
         from_other: Whether the replay rows are text of another kind, and not chats of the model's own.
         module: Arguments of ``CausalLM``.
+        rate: What the learning rate is multiplied with.
     """
 
     replay: Mapping[str, Any] | None = None
     from_other: bool = False
     module: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
 
 
 ARMS = {
     "plain": Arm(),
-    "LoRA": Arm(module={"adapter": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}),
+    "LoRA": Arm(
+        module={"adapter": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}, rate=10.0
+    ),
     "own chats, KL × 1": Arm({"coefficient": 1.0}),
     "own chats, KL × 10": Arm({"coefficient": 10.0}),
     "own chats, budget of 0.05": Arm({"coefficient": ForgettingBudget(0.05)}),
@@ -128,14 +140,21 @@ INSTRUCTIONS: dict[str, Callable[[str], bool]] = {
 
 def answers(model: LanguageModel, tokenizer: Any, questions: list[str], new_tokens: int) -> list[str]:
     """The model's likeliest answers to questions, each the beginning of a chat."""
-    found = []
-    for question in questions:
-        chat = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        network: Any = model.module
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    network: Any = model.module
+    found: list[str] = []
+    for first in range(0, len(prompts), ANSWERED):
+        batch = tokenizer(
+            prompts[first : first + ANSWERED],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
         with torch.no_grad():
-            row = network.generate(**prompt.to(model.device), do_sample=False, max_new_tokens=new_tokens)[0]
-        found.append(tokenizer.decode(row[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+            rows = network.generate(**batch.to(model.device), do_sample=False, max_new_tokens=new_tokens)
+        found += tokenizer.batch_decode(rows[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
 
@@ -190,36 +209,61 @@ def write_chats(problems: list[dict[str, str]], file: Path) -> Path:
     return file
 
 
-def finetune(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
-    """Do a run, and return what was measured: ``<key> before`` and ``<key>`` after."""
-    arm, folder = ARMS[name], options.output
-    problems = problems_of(options.new)
-    held_out, learned = problems[: options.held_out], problems[options.held_out :]
+def lines_to_continue(file: str, count: int) -> list[str]:
+    """The first lines of a text that have twelve words or more, cut to forty."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    long = (line.split()[:40] for line in dict.fromkeys(lines) if len(line.split()) >= 12)
+    return [" ".join(words) for words in islice(long, count)]
+
+
+def finetune(options: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, float]:
+    """Do a run, and return what was measured: ``<key> before`` and ``<key>`` after.
+
+    Args:
+        options: The options of the command line.
+        name: Of the arm.
+        seed: Of the run.
+        folder: For files that are not needed after the run.
+    """
+    arm = ARMS[name]
 
     def text(file: str | Path) -> TextDataModule:
         return TextDataModule(
-            file, options.model, options.length, batch_size=options.rows, document_separator="\n", max_documents=2000
+            file, options.model, options.length, batch_size=options.rows, document_separator="\n", max_documents=4000
         )
 
-    def chats(some: list[dict[str, str]], file: str) -> ChatDataModule:
+    def chats(some: list[dict[str, str]], file: str, validation: float) -> ChatDataModule:
         path = write_chats(some, folder / file)
-        share = 0.0 if some is learned else 0.5
-        return ChatDataModule(path, options.model, options.length, options.rows, validation_fraction=share)
+        return ChatDataModule(path, options.model, options.length, options.rows, validation_fraction=validation)
 
     L.seed_everything(seed, verbose=False)
-    new, batches = chats(learned, "learned.jsonl"), max(1, options.held_out // options.rows)
-    known = {title: text(file) for title, _, file in (each.partition("=") for each in options.known)}
+    new: TextDataModule | ChatDataModule
+    probes: dict[str, Callable[[LanguageModel, Any], dict[str, float]]] = {"instructions": followed}
+    if options.new.suffix == ".jsonl":
+        problems = problems_of(options.new)
+        held_out = problems[: max(options.held_out * 2, options.problems)]
+        new = chats(problems[len(held_out) :], "learned.jsonl", 0.0)
+        measured: TextDataModule | ChatDataModule = chats(held_out, "held_out.jsonl", 0.5)
+        probes["solved"] = solves(held_out[: options.problems], options.length // 2)
+    else:
+        new, measured = text(options.new), text(options.new)
+    known = {
+        title: chats(problems_of(Path(file))[: 2 * options.held_out], f"{title}.jsonl", 0.5)
+        if file.endswith(".jsonl")
+        else text(file)
+        for title, _, file in (each.partition("=") for each in options.known)
+    }
     forgetting = ForgettingMonitor(
-        {"answers": chats(held_out, "held_out.jsonl"), **known},
+        {"new": measured, **known},
         every_n_steps=0,
-        max_batches=batches,
+        max_batches=max(1, options.held_out // options.rows),
         self_rows=options.held_out // 2,
         sampling=CHAT,
         sequence_length=options.length,
     )
-    solved = solves(held_out[: options.problems], options.length // 2)
+    write_task(lines_to_continue(options.known[0].partition("=")[2], options.lines), folder)
     benchmarks = BenchmarkMonitor(
-        probes={"instructions": followed, "solved": solved}, every_n_steps=0, tokenizer=new.tokenizer
+        [NAME], probes, every_n_steps=0, include_path=folder, tokenizer=new.tokenizer, batch_size=16
     )
     callbacks: list[L.Callback] = [forgetting, benchmarks]
     data = ReplayDataModule(new, 0.0)
@@ -243,10 +287,25 @@ def finetune(options: argparse.Namespace, name: str, seed: int) -> dict[str, flo
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=options.workers == 1,
     )
-    trainer.fit(CausalLM(options.model, options.learning_rate, schedule="constant", **arm.module), datamodule=data)
+    rate = options.learning_rate * arm.rate
+    trainer.fit(CausalLM(options.model, rate, schedule="constant", **arm.module), datamodule=data)
     after = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return {f"{key} before": value for key, value in before.figures.items()} | after
+
+
+def done(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """A run's line of the CSV file; the run is done if it has not been."""
+    file = options.output / "runs" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}.json"
+    if not file.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            figures = finetune(options, name, seed, Path(folder))
+        file.parent.mkdir(exist_ok=True)
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1))
+    figures = json.loads(file.read_text())
+    return {"new": options.new.stem, "arm": name, "seed": seed, **figures}
 
 
 class Before(L.Callback):
@@ -263,45 +322,56 @@ class Before(L.Callback):
 def main() -> None:
     """Do the runs that are missing, and print the table of all."""
     options = options_of_the_command_line()
-    rows = []
-    for seed in options.seeds:
-        for name in options.arms:
-            file = options.output / "runs" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}.json"
-            if not file.exists():
-                figures = finetune(options, name, seed)
-                file.parent.mkdir(exist_ok=True)
-                with atomic_write(file) as temporary:
-                    temporary.write_text(json.dumps(figures, indent=1))
-            rows.append({"arm": name, "seed": seed} | json.loads(file.read_text()))
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with (options.output / "instruct.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    known = [each.partition("=")[0] for each in options.known]
+    if options.csv is None:
+        runs = [(options, name, seed) for seed in options.seeds for name in options.arms]
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(done, *zip(*runs, strict=True))) if options.workers > 1 else list(starmap(done, runs))
+        with (options.output / "instruct.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    for file in options.csv or [options.output / "instruct.csv"]:
+        with file.open(newline="", encoding="utf-8") as opened:
+            print(*table(list(csv.DictReader(opened))), sep="\n")
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a CSV file as a table in Markdown: means over seeds, and half the distance of the extremes."""
+    prior = [name for name in rows[0] if name.startswith("forgetting/") and not name.endswith(" before")]
+    known = [name for name in prior if name not in ("forgetting/new", "forgetting/self", "forgetting/seconds")]
     columns = {
-        "loss on answers": "prior_loss/answers",
+        "new-task loss": "prior_loss/new",
         "problems solved": "benchmark/solved/share",
-        "instructions followed": "benchmark/instructions/share",
         "forgetting/self": "forgetting/self",
-        **{f"forgetting, {name}": f"forgetting/{name}" for name in known},
+        **{f"forgetting, {name.partition('/')[2]}": name for name in known},
+        "instructions followed": "benchmark/instructions/share",
+        "lines continued": f"benchmark/{NAME}/acc",
     }
-    print(f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", sep="\n")
-    before = [rows[0].get(f"{key} before", 0.0) for key in columns.values()]
-    print(f"| before | {' | '.join(f'{value:.3f}' for value in before)} |")
-    for name in options.arms:
-        of_arm = [row for row in rows if row["arm"] == name]
-        cells = [f"{mean(row[key] for row in of_arm):.3f}" for key in columns.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
+    columns = {title: name for title, name in columns.items() if rows[0].get(name)}
+
+    def cells(some: Sequence[Mapping[str, str]], suffix: str) -> str:
+        figures = [[float(row.get(name + suffix) or 0) for row in some] for name in columns.values()]
+        spread = len(rows) > len({row["arm"] for row in rows})
+        return " | ".join(f"{mean(each):.3f}" + f" ± {(max(each) - min(each)) / 2:.3f}" * spread for each in figures)
+
+    lines = [f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines.append(f"| before | {cells(rows, ' before')} |")
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        lines.append(f"| {arm} | {cells([row for row in rows if row['arm'] == arm], '')} |")
+    return lines
 
 
 def options_of_the_command_line() -> argparse.Namespace:
     """What to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub name or local folder of an instruction-tuned model")
-    parser.add_argument("--new", type=Path, help="problems to finetune on: JSON Lines with question and answer")
+    parser.add_argument(
+        "--new", type=Path, help="to finetune on: problems, JSON Lines with question and answer, or a text"
+    )
     parser.add_argument("--other", help="text of another kind to replay: a local file, a document a line")
-    parser.add_argument("--known", action="append", default=[], metavar="NAME=FILE", help="text to watch; repeatable")
+    parser.add_argument(
+        "--known", action="append", default=[], metavar="NAME=FILE", help="text or problems to watch; the first a text"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
@@ -311,6 +381,9 @@ def options_of_the_command_line() -> argparse.Namespace:
     parser.add_argument("--replay-fraction", type=float, default=0.2)
     parser.add_argument("--held-out", type=int, default=64, help="rows to measure on, of each text")
     parser.add_argument("--problems", type=int, default=20, help="held-out problems to solve")
+    parser.add_argument("--lines", type=int, default=100, help="documents of the benchmark")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--csv", type=Path, nargs="+", help="do no runs, and print the tables of these files")
     parser.add_argument("--device", default="cpu", help="Lightning's accelerator: cpu, cuda, auto")
     parser.add_argument("--precision", default="32-true", help="Lightning's precision")
     parser.add_argument("--output", type=Path, default=Path("runs/instruct"), help="folder for all files")
@@ -321,8 +394,8 @@ def options_of_the_command_line() -> argparse.Namespace:
         options.model, options.new, options.other = str(folder / "model"), folder / "new.jsonl", folder / "third.txt"
         options.known = [f"counts={folder / 'prior.txt'}"]
         options.length, options.learning_rate, options.steps, options.problems = LENGTH, 3e-3, 40, 4
-    elif not (options.model and options.new and options.other):
-        parser.error("--model, --new and --other are needed without --quick")
+    elif options.csv is None and not (options.model and options.new and options.other and options.known):
+        parser.error("--model, --new, --known and --other are needed without --quick")
     options.output.mkdir(parents=True, exist_ok=True)
     return options
 
