@@ -70,7 +70,9 @@ class ReplayRows(NamedTuple):
 
     def to(self, device: torch.device) -> "ReplayRows":
         """The same rows on ``device``."""
-        return ReplayRows(*(part if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
+        # Without blocking, a copy from an accelerator could be read on the CPU before it is there.
+        ahead = device.type != "cpu"
+        return ReplayRows(*(part if part is None else part.to(device, non_blocking=ahead) for part in self))  # type: ignore[arg-type]
 
     def take(self, rows: Tensor) -> "ReplayRows":
         """Some of the rows, selected by index or by a mask of shape ``(rows,)``."""

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -336,7 +336,12 @@ class SelfGeneratedReplay(Callback):
         # Within an epoch Lightning keeps what was logged last, and each `log` takes longer than all else in this hook.
         changed = {key: value for key, value in values.items() if not _same(value, self._logged.get(key))}
         self._logged |= changed
-        pl_module.log_dict(changed, on_step=True, on_epoch=False, batch_size=1)
+        # As tensors on the CPU: Lightning would move each number to the device and wait for it.
+        tensors = {
+            key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+            for key, value in changed.items()
+        }
+        pl_module.log_dict(tensors, on_step=True, on_epoch=False, batch_size=1)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -275,10 +275,13 @@ def _jittered(module: nn.Module) -> Iterator[None]:
 
 
 def _distance(some: Tensor, others: Tensor) -> Tensor:
-    """Root mean square of the difference between log-probabilities up to a constant, shape ``(rows, length)``."""
+    """Root mean square of the difference between log-probabilities up to a constant, shape ``(rows, length)``.
+
+    On the CPU: on CUDA, medians along a dimension are refused under ``Trainer(deterministic=True)``.
+    """
     some, others = some.double(), others.double()
     difference = torch.where(some == others, 0.0, some - others)  # -inf stands at tokens that a model never outputs
-    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    return (difference - difference.mean(-1, keepdim=True)).square().mean(-1).sqrt().cpu()
 
 
 def _typical(distances: Tensor) -> float:

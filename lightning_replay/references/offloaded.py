@@ -88,7 +88,8 @@ class _Fetching:
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(self._stream)
             for tensor in fetched.values():
-                tensor.record_stream(now)
+                for each in _plain_parts(tensor):
+                    each.record_stream(now)
         self._homes[part] = {}
         for held in (part._parameters, part._buffers):
             for name in fetched.keys() & held.keys():
@@ -115,3 +116,11 @@ class _Fetching:
                     there = tensor.detach().to(self._device, non_blocking=True, copy=True)
                     fetched[name] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
         return fetched
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantized weight holds, which has no stream of its own; of any other, itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]

@@ -213,15 +213,28 @@ def _draw(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     masses = probabilities[:, :whole].view(len(probabilities), -1, block).sum(-1)
     if whole < vocabulary:
         masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], 1)
-    cumulative = masses.cumsum(-1, dtype=uniforms.dtype)
+    cumulative = _cumulative(masses, uniforms.dtype)
     total = cumulative[:, -1:]
     wanted = uniforms * total
     chosen = _first_above(cumulative, wanted)
     columns = chosen * block + torch.arange(block, device=chosen.device)
     inside = probabilities.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill(columns >= vocabulary, 0)
     before = F.pad(cumulative, (1, 0)).gather(1, chosen)
-    token = chosen * block + _first_above(inside.cumsum(-1, dtype=uniforms.dtype), wanted - before)
+    token = chosen * block + _first_above(_cumulative(inside, uniforms.dtype), wanted - before)
     return token.squeeze(1).clamp(max=vocabulary - 1), total
+
+
+def _cumulative(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cumulative sum of each row.
+
+    On CUDA, `cumsum` of floats is refused under ``Trainer(deterministic=True)``, so it is multiplied out there. Each
+    column is a sum of the same terms in the same order, with zeros for later ones, and rounding is monotone: the sums
+    never fall, and stay equal over zeros.
+    """
+    if values.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        length = values.shape[1]
+        return values.to(dtype) @ torch.ones(length, length, dtype=dtype, device=values.device).triu()
+    return values.cumsum(-1, dtype=dtype)
 
 
 def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:

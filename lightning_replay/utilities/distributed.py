@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
 )
+from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["LostProcessError", "Processes", "check_strategy", "is_sharded"]
 
@@ -167,8 +168,13 @@ def _lost_processes() -> Iterator[None]:
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether each process holds a shard of the weights, so that all have to call the model together."""
-    return isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1
+    """Whether each process holds a shard of the weights, so that all have to call the model together.
+
+    A single process, whose shard is the whole, is one of them: a module of FSDP2 can't be copied.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return False
+    return trainer.world_size > 1 or any(isinstance(part, FSDPModule) for part in trainer.lightning_module.modules())
 
 
 def check_strategy(trainer: pl.Trainer, caller: str) -> None:

@@ -47,5 +47,6 @@ def own_randomness(device: torch.device, *key: int) -> Iterator[None]:
         seed = stream(*key).initial_seed()
         torch.default_generator.manual_seed(seed)
         if on_cuda:
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
