@@ -13,7 +13,7 @@ the largest model. ``profile``: tables of `torch.profiler`. ``graphs``: `generat
 what CUDA graphs would give. ``fit``: whole fits of the default, sampling included, as long as one refill lasts.
 
 If an arm fails, its error is printed and recorded, and the others are measured. All figures are in
-``<output>/on_a_gpu.json``, which is written after each.
+``<output>/on_a_gpu.json``, which is written after each; those of parts that were measured before stay.
 """
 
 import argparse
@@ -110,10 +110,10 @@ class Run:
         print(f"{part}, {model}, {name}: {json.dumps(found)}", flush=True)
         (self.output / "on_a_gpu.json").write_text(json.dumps(self.figures, indent=1) + "\n")
 
-    def attempt(self, part: str, model: str, name: str, measure: Callable[[], Any]) -> Any:
+    def attempt(self, part: str, model: str, name: str, measure: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Record what an arm measures; if it fails, its error, and return None."""
         try:
-            found = measure()
+            found = measure(*args, **options)
         except Exception as error:  # one arm may not take the others' figures with it
             traceback.print_exc()
             self.record(part, model, name, {"error": f"{type(error).__name__}: {error}"})
@@ -176,7 +176,8 @@ class Clock(L.Callback):
         if self._run.device == "cuda":
             self.found["bytes"] = torch.cuda.max_memory_allocated()
         for optimizer in trainer.optimizers:
-            optimizer.state.clear()  # else Lightning moves it to the CPU, which takes longer than the steps
+            optimizer.zero_grad()
+            optimizer.state.clear()  # else Lightning moves both to the CPU, which takes longer than the steps
 
     def _start(self, trainer: L.Trainer) -> None:
         if trainer.global_step != self._warm:
@@ -263,9 +264,7 @@ def measure_step(run: Run, model: str) -> None:
         for name, make in STEPS.items():
             if name in failed:
                 continue
-            one = run.attempt(
-                "step", model, f"{name}, round {number}", lambda make=make: fit(run, module, make(), steps)
-            )  # type: ignore[misc]
+            one = run.attempt("step", model, f"{name}, round {number}", fit, run, module, make(), steps)
             if one is None:
                 failed.add(name)
             else:
@@ -281,10 +280,8 @@ def measure_step(run: Run, model: str) -> None:
     for name, ratio in table.items():
         print(f"| {name} | {ratio.ours * 1000:.1f} | {ratio} |")
 
-    def refill() -> dict[str, Any]:
-        return fit(run, module, SelfGeneratedReplay(refill_rows=run.sizes.refill), 1)
-
-    one = run.attempt("step", model, "refill", refill)
+    sampled = SelfGeneratedReplay(refill_rows=run.sizes.refill)
+    one = run.attempt("step", model, "refill", fit, run, module, sampled, 1)
     if one is None:
         return
     seconds, table_of_uses = one["sampling_seconds"], list[str]()
@@ -308,14 +305,8 @@ def measure_sampling(run: Run, model: str) -> None:
         for rows in run.sizes.sampled_rows:
             speeds = {}
             for index, name in enumerate(("ours", "generate")):
-                sampling_arms(language_model, module, rows, 8)[index]()  # the first calls take longer
-                arm = sampling_arms(language_model, module, rows, length)[index]
-                speeds[name] = run.attempt(
-                    "sampling",
-                    model,
-                    f"{name}, {rows} rows",
-                    lambda arm=arm, rows=rows: speed(run, arm, rows),  # type: ignore[misc]
-                )
+                first, arm = (sampling_arms(language_model, module, rows, each)[index] for each in (8, length))
+                speeds[name] = run.attempt("sampling", model, f"{name}, {rows} rows", speed, run, first, arm, rows)
             if None not in speeds.values():
                 ours, theirs = speeds["ours"], speeds["generate"]
                 table.append(f"| {model} | {rows} × {length} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |")
@@ -324,8 +315,9 @@ def measure_sampling(run: Run, model: str) -> None:
     print("\n".join(table))
 
 
-def speed(run: Run, arm: Callable[[], Any], rows: int) -> float:
-    """Tokens a second of an arm that samples rows."""
+def speed(run: Run, first: Callable[[], Any], arm: Callable[[], Any], rows: int) -> float:
+    """Tokens a second of an arm that samples rows, after a call that may take longer."""
+    first()
     run.wait()
     started = time.perf_counter()
     arm()
@@ -356,15 +348,11 @@ def measure_graphs(run: Run, model: str) -> None:
                 compile_config=config,
             )
 
-        def measured(generate: Callable[[], Any] = generate) -> dict[str, float]:
-            started = time.perf_counter()
+        def first(generate: Callable[[], Any] = generate) -> None:
             with at_most(40):
                 generate()
-            first = time.perf_counter() - started
-            with at_most(40):
-                return {"first_seconds": first, "tokens_per_second": speed(run, generate, rows)}
 
-        run.attempt("graphs", model, f"{name}, {rows} rows", measured)
+        run.attempt("graphs", model, f"{name}, {rows} rows", speed, run, first, generate, rows)
 
 
 @contextmanager
@@ -400,19 +388,12 @@ def measure_memory(run: Run, model: str) -> None:
     """The most that tensors take in a step, over those of a step without replay."""
     module, found = run.made(model), dict[str, Any]()
     for name, (lora, settings) in MEMORY.items():
-
-        def measured(lora: bool = lora, settings: dict[str, Any] | None = settings) -> dict[str, Any]:
-            trained: Any = module
-            if lora:
-                trained = get_peft_model(module, LoraConfig(target_modules=["q_proj", "v_proj"], r=8))
-            added = None if settings is None else replay(replay_fraction=0.2, **settings)
-            try:
-                return fit(run, trained, added, 1, 1, run.sizes.memory_rows, run.sizes.memory_length)
-            finally:
-                if trained is not module:
-                    trained.unload()
-
-        one = run.attempt("memory", model, name, measured)
+        trained = get_peft_model(module, LoraConfig(target_modules=["q_proj", "v_proj"], r=8)) if lora else module
+        added = None if settings is None else replay(replay_fraction=0.2, **settings)
+        rows, length = run.sizes.memory_rows, run.sizes.memory_length
+        one = run.attempt("memory", model, name, fit, run, trained, added, 1, warm=1, rows=rows, length=length)
+        if lora:
+            trained.unload()
         if one is not None and "bytes" in one:
             found[name] = one["bytes"]
     print(f"\nMemory of a step of {run.sizes.memory_rows} × {run.sizes.memory_length} new tokens, {model}\n")
@@ -420,7 +401,7 @@ def measure_memory(run: Run, model: str) -> None:
     for name in MEMORY:
         base = found.get("LoRA, no replay" if name.startswith("LoRA") else "no replay")
         taken = found.get(name)
-        ratio = "–" if None in (base, taken) else f"{taken / base:.3f}"
+        ratio = "–" if base is None or taken is None else f"{taken / base:.3f}"
         print(f"| {name} | {'–' if taken is None else f'{taken / 2**30:.2f}'} | {ratio} |")
 
 
@@ -448,7 +429,7 @@ def measure_profile(run: Run, model: str) -> None:
         return summary(run, f"{model}, {name}", profiler, steps, seconds)
 
     for name in ("no replay", "default", "sampling"):
-        run.attempt("profile", model, name, lambda name=name: profiled(name))  # type: ignore[misc]
+        run.attempt("profile", model, name, profiled, name)
 
 
 def summary(run: Run, title: str, profiler: Any, steps: int, seconds: float) -> dict[str, Any]:
@@ -461,14 +442,13 @@ def summary(run: Run, title: str, profiler: Any, steps: int, seconds: float) -> 
     if run.device == "cuda":
         tables.append(averages.table(sort_by="self_device_time_total", row_limit=12, max_name_column_width=80))
         kernels = [
-            one
-            for one in averages
-            if one.device_type == torch.autograd.DeviceType.CUDA and not getattr(one, "is_user_annotation", False)
+            one for one in averages if one.device_type.name == "CUDA" and not getattr(one, "is_user_annotation", False)
         ]
         found["device"] = _most(kernels, "self_device_time_total", steps)
         found["device_ms_a_step"] = sum(one.self_device_time_total for one in kernels) / 1000 / steps
-        waits = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaLaunchKernel")
-        found["calls_a_step"] = {one.key: one.count / steps for one in averages if one.key in waits}
+        # Launches of kernels, copies, and waits of the host for the device.
+        of_cuda = ("cuda", "cuLaunch", "aten::_local_scalar_dense")
+        found["calls_a_step"] = {one.key: one.count / steps for one in averages if one.key.startswith(of_cuda)}
     with (run.output / "on_a_gpu_profile.txt").open("a") as file:
         file.write("\n".join([*tables, "\n"]))
     return found
@@ -482,11 +462,10 @@ def _most(events: Any, key: str, steps: int) -> dict[str, float]:
 def measure_fit(run: Run, model: str) -> None:
     """A whole fit of the default, sampling included, over the same fit without replay."""
     module, steps = run.made(model), run.sizes.fit_steps
-    run.attempt("fit", model, "first steps, which don't count", lambda: fit(run, module, replay(), 2))
+    run.attempt("fit", model, "first steps, which don't count", fit, run, module, replay(), 2)
     arms = {"no replay": None, DEFAULT: SelfGeneratedReplay()}
     found = {
-        name: run.attempt("fit", model, name, lambda added=added: fit(run, module, added, steps, warm=0))  # type: ignore[misc]
-        for name, added in arms.items()
+        name: run.attempt("fit", model, name, fit, run, module, added, steps, warm=0) for name, added in arms.items()
     }
     if None in found.values():
         return
@@ -504,6 +483,13 @@ PARTS: dict[str, Callable[[Run, str], None]] = {
     "graphs": measure_graphs,
     "fit": measure_fit,
 }
+
+
+def timed(part: Callable[[Run, str], None], run: Run, model: str) -> float:
+    """Seconds that a part takes."""
+    started = time.perf_counter()
+    part(run, model)
+    return time.perf_counter() - started
 
 
 def machine(device: str) -> dict[str, str]:
@@ -531,12 +517,12 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     about = machine(options.device)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
-    run = Run(options.device, QUICK if options.quick else Sizes(), options.output, dict(about))
+    written = options.output / "on_a_gpu.json"
+    figures = json.loads(written.read_text()) if written.exists() else {}
+    run = Run(options.device, QUICK if options.quick else Sizes(), options.output, figures | about)
     for part in options.only or (list(PARTS) if options.quick else list(PARTS)[:4]):
         for model in models[-1:] if part == "memory" else models:
-            started = time.perf_counter()
-            PARTS[part](run, model)
-            run.record("seconds", model, part, time.perf_counter() - started)
+            run.attempt("seconds", model, part, timed, PARTS[part], run, model)
 
 
 if __name__ == "__main__":
