@@ -219,6 +219,35 @@ def test_the_memory_of_the_head_and_of_fits_is_measured(scratch: Path, tmp_path:
     assert tables((tmp_path / "memory.md").read_text()) == [of_model, of_loss, of_fits]
 
 
+@pytest.mark.slow
+def test_all_parts_of_the_benchmark_for_a_gpu_are_measured(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    # Set below what the processor has, it makes torch 2.13 fail in attention in 16 bits.
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    said = printed("benchmarks/on_a_gpu.py", scratch, tmp_path, "--device=cpu")
+    steps, with_sampling, sampling, memory = tables(said)
+    figures = json.loads((tmp_path / "runs" / "on_a_gpu.json").read_text())
+    assert "error" not in said
+    assert all(0 <= value < inf for value in numbers(figures))
+    assert list(figures["seconds"]["tiny"]) == ["step", "sampling", "memory", "profile", "graphs", "fit"]
+    assert len(steps) == 1 + 8
+    for name, ms, ratio in steps[1:]:
+        one = figures["step"]["tiny"][name]
+        assert (ms, ratio.split()[0]) == (f"{one['ours'] * 1000:.1f}", f"{one['ratio']:.2f}")
+    refill, plain = (figures["step"]["tiny"][name] for name in ("refill", "no replay"))
+    for name, *found in with_sampling[1:]:
+        rows = 4 if "0.2" in name else 16 / 9  # a step
+        each = refill["sampling_seconds"] / 8 * rows / plain["ours"]
+        ratio = figures["step"]["tiny"][name]["ratio"]
+        assert [float(value) for value in found] == pytest.approx([ratio + each / n for n in (1, 2, 4)], abs=0.006)
+    assert [row[1] for row in sampling[1:]] == ["2 × 16", "4 × 16"]
+    assert [row[1:] for row in memory[1:]] == [["–", "–"]] * 8  # a CPU counts no memory of tensors
+    assert "tiny, default" in (tmp_path / "runs" / "on_a_gpu_profile.txt").read_text()
+
+
 def test_no_script_is_left_without_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     unnamed = {path.stem for path in EXAMPLES.rglob("*.py") if f'{path.name}"' not in tests}

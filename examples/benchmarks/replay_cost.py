@@ -48,7 +48,14 @@ def tinystories() -> PreTrainedModel:
 
 
 def llama(
-    width: int, layers: int, heads: int, vocabulary: int = 8192, inner: int = 0, kv_heads: int = 0, tied: bool = False
+    width: int,
+    layers: int,
+    heads: int,
+    vocabulary: int = 8192,
+    inner: int = 0,
+    kv_heads: int = 0,
+    tied: bool = False,
+    context: int = 512,
 ) -> PreTrainedModel:
     """A Llama with random weights."""
     return LlamaForCausalLM(
@@ -59,7 +66,7 @@ def llama(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads or heads,
-            max_position_embeddings=512,
+            max_position_embeddings=context,
             tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=2,
@@ -110,11 +117,15 @@ def in_turn(arms: Mapping[str, Callable[[], Any]], base: str, repeats: int) -> d
             started = time.perf_counter()
             arm()
             seconds[name].append(time.perf_counter() - started)
-    counted = {name: values[1:] or values for name, values in seconds.items()}
+    return ratios({name: values[1:] or values for name, values in seconds.items()}, base)
+
+
+def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, Ratio]:
+    """Seconds of each arm in each round over those of the base."""
     found = {}
-    for name, values in counted.items():
-        ratios = [ours / theirs for ours, theirs in zip(values, counted[base], strict=True)]
-        found[name] = Ratio(median(values), median(counted[base]), median(ratios), min(ratios), max(ratios))
+    for name, values in seconds.items():
+        each = [ours / theirs for ours, theirs in zip(values, seconds[base], strict=True)]
+        found[name] = Ratio(median(values), median(seconds[base]), median(each), min(each), max(each))
     return found
 
 
@@ -204,10 +215,10 @@ def sampling_arms(
     model: Any, module: PreTrainedModel, rows: int, length: int
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The same work by our loop and by `generate`."""
-    start = torch.ones(rows, 1, dtype=torch.int64)
+    start = torch.ones(rows, 1, dtype=torch.int64, device=module.device)
 
     def ours() -> None:
-        sample_rows(model, start, length, torch.Generator().manual_seed(0))
+        sample_rows(model, [[1]] * rows, length, torch.Generator().manual_seed(0))
 
     def theirs() -> None:
         generate: Any = module.generate
