@@ -90,7 +90,8 @@ class ReuseGap:
             # A batch that mixes two uses lies between their passes; a pass of one batch has no spread.
             self._passes = self._passes if not losses else []
             return
-        values = torch.stack([loss.double() for loss in losses]).cpu()
+        device = losses[-1].device  # those of a checkpoint are on the CPU
+        values = torch.stack([loss.to(device, torch.float64) for loss in losses]).cpu()
         self._passes.append(_Pass(self._use, float(values.mean()), float(values.var()) / len(losses)))
         self._passes = self._passes[-3:]
         if len(self._passes) == 3:

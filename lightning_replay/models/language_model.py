@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -86,7 +86,7 @@ class LanguageModel:
     @property
     def uncompiled(self) -> "LanguageModel":
         """The same model as it was before `torch.compile`, for calls of shapes that should not be compiled for."""
-        return self.on(uncompiled(self.module))
+        return replace(self, module=uncompiled(self.module))
 
     def logits_in(self, output: Any) -> Tensor:
         """The logits in what the module returned.
