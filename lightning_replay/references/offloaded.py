@@ -118,7 +118,7 @@ class _Fetching:
         return fetched
 
 
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
+def _plain_parts(tensor: Any) -> list[Tensor]:
     """The tensors that a quantized weight holds, which has no stream of its own; of any other, itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
