@@ -387,7 +387,7 @@ def test_offloaded_weights_compute_as_those_that_stay(tiny_llama: Make) -> None:
     module = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=6).to("cuda")
     model = find_language_model(module, None)
     tokens = torch.randint(VOCABULARY, (8, 10), device="cuda")
-    with FrozenCopy(model).active() as copy, OffloadedCopy(model).active() as offloaded:
+    with FrozenCopy(model).active() as copy, OffloadedCopy(model, device="cpu").active() as offloaded:
         weights_at_home = list(offloaded.module.parameters())
         assert all(weight.device.type == "cpu" and weight.is_pinned() for weight in weights_at_home)
         for _ in range(3):  # from the second on, weights are fetched ahead
