@@ -260,6 +260,7 @@ def measure_step(run: Run, model: str) -> None:
     """Steps with replay over steps without, and the price of a refill."""
     module, steps, found = run.made(model), run.sizes.steps[model], dict[str, list[float]]()
     failed = set[str]()
+    run.attempt("step", model, "first steps, which don't count", fit, run, module, replay(), 1)
     for number in range(run.sizes.rounds[model]):
         for name, make in STEPS.items():
             if name in failed:
