@@ -50,7 +50,7 @@ from lightning_replay import (
 from lightning_replay.utilities.io import atomic_write
 
 CHAT = Sampling(prompts="chat")
-ANSWERED = 20
+ANSWERED = 100
 """Questions that are answered at a time."""
 
 
