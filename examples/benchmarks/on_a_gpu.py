@@ -26,11 +26,12 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning as L
@@ -277,9 +278,7 @@ def measure_step(run: Run, model: str) -> None:
     for name, ratio in table.items():
         run.record("step", model, name, vars(ratio))
     print(f"\nSteps of {NEW_ROWS} × {run.sizes.length} new tokens, {model}, rows at hand\n")
-    print("| fit | ms a step | ÷ without replay |\n|---|---|---|")
-    for name, ratio in table.items():
-        print(f"| {name} | {ratio.ours * 1000:.1f} | {ratio} |")
+    print(*step_table(run.figures, [model]), sep="\n")
 
     sampled = SelfGeneratedReplay(refill_rows=run.sizes.refill)
     one = run.attempt("step", model, "refill", fit, run, module, sampled, 1)
@@ -295,6 +294,25 @@ def measure_step(run: Run, model: str) -> None:
     print(f"\nWith a refill of {run.sizes.refill} rows in {seconds:.2f} s, ÷ without replay\n")
     print("| fit | rows used once | twice | four times |\n|---|---|---|---|")
     print("\n".join(table_of_uses), "\n")
+
+
+def step_table(figures: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+    """The steps of each model, in Markdown: milliseconds, time and memory over those without replay, of all rounds."""
+    header = " | ".join(f"{model}, ms a step | ÷ without replay | memory ÷ without" for model in models)
+    lines = [f"| fit | {header} |", "|---" * (1 + 3 * len(models)) + "|"]
+    for name in STEPS:
+        cells = [name]
+        for model in models:
+            found = figures["step"][model]
+            rounds = [[found.get(f"{arm}, round {number}") for arm in (name, "no replay")] for number in range(9)]
+            pairs = [(one, base) for one, base in rounds if one and base]
+            over = sorted(one["seconds"] / base["seconds"] for one, base in pairs)
+            spread = f"{median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f})"
+            cells += [f"{1000 * median(one['seconds'] for one, _ in pairs):.1f}", spread]
+            held = [one["bytes"] / base["bytes"] for one, base in pairs if "bytes" in one]
+            cells.append(f"{median(held):.2f}" if held else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def measure_sampling(run: Run, model: str) -> None:
@@ -511,7 +529,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["125M", "1B"], help="models, the largest last")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the figures")
     parser.add_argument("--quick", action="store_true", help="all parts in small, to see that they run")
+    parser.add_argument("--table", type=Path, help="measure nothing, and print the steps of this file")
     options = parser.parse_args()
+    if options.table is not None:
+        print(*step_table(json.loads(options.table.read_text()), options.models), sep="\n")
+        return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     models = ["tiny"] if options.quick else options.models

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_evaluating_gives_every_submodule_its_mode_back() -> None:
 
 def test_a_model_that_computes_elsewhere_does_so_without_its_compilation(tiny_llama: Make) -> None:
     """Where weights are fetched to another device, the model without `torch.compile` is called there as well."""
-    model = replace(find_language_model(torch.compile(tiny_llama()), None), runs_on=torch.device("meta"))
+    compiled: Any = torch.compile(tiny_llama())
+    model = replace(find_language_model(UserModule(compiled), None), runs_on=torch.device("meta"))
     assert model.uncompiled.module is not model.module
     assert model.uncompiled.device == torch.device("meta")
