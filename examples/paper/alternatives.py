@@ -39,7 +39,7 @@ PANELS = {
     "Interpolated after the fit": (f"{WEAK}{INTERPOLATED}", f"{PLAIN}{INTERPOLATED}"),
     "On new rows alone": ("LwF", "a tenth of the rate"),
     "Pulled back": ("EWC", "L2-SP"),
-    "A part is kept": ("OSF", "lower half frozen"),
+    "Partly frozen": ("OSF", "lower half frozen"),
     "LoRA": ("LoRA, rank 4", "LoRA, rank 16", "LoRA, full rank", "LoRA, rank 16, and embeddings"),
 }
 """The arms of each part of the picture. Plain finetuning is in all of them."""
@@ -263,15 +263,17 @@ def report(points: Sequence[Tried]) -> Report:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2, 4, sharex=True, sharey=True).flatten()
-        plain = curve_of(found[PLAIN].runs)
         for axis, (title, arms) in zip(axes, PANELS.items(), strict=False):
-            axis.plot(*plain, color="0.6", linewidth=1.2, label=PLAIN)
-            for index, arm in enumerate(arms):
-                axis.plot(*curve_of(found[arm].runs), label=arm, **Look.of(index).line())
-            axis.axvline(level, color="black", linewidth=0.8, alpha=0.5)
-            axis.set_title(title)
-            axis.legend(frameon=False, fontsize=7)
+            lines = [
+                axis.plot(*curve_of(found[arm].runs), **Look.of(index).line())[0] for index, arm in enumerate(arms)
+            ]
+            shared = [axis.plot(*curve_of(found[PLAIN].runs), color="0.6", linewidth=1.2, zorder=1)[0]]
+            shared.append(axis.axvline(level, color="black", linewidth=0.8, dashes=(3.0, 2.0)))
+            # Above the panel, where it hides no curve.
+            above = {"loc": "lower left", "bbox_to_anchor": (-0.05, 0.98), "alignment": "left", "handlelength": 1.2}
+            axis.legend(lines, arms, title=title, title_fontsize=10, fontsize=8, frameon=False, **above)
         axes[-1].set_axis_off()
+        axes[-1].legend(shared, (PLAIN, f"a loss of {level:.2f}"), loc="center left", fontsize=8, frameon=False)
         axes[0].invert_xaxis()
         axes[0].set_yscale("symlog", linthresh=0.02)
         plain_numbers(axes[0].yaxis)
@@ -301,7 +303,7 @@ def report(points: Sequence[Tried]) -> Report:
             [each.cells() for each in found.values()],
         ),
         draw=draw,
-        size=(9.5, 5.0),
+        size=(9.5, 6.5),
     )
 
 
