@@ -10,7 +10,7 @@ seeds; such runs end when they reach that loss, and have three times the steps. 
 650,000 parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan
 from statistics import mean
@@ -18,22 +18,50 @@ from typing import Any
 
 import numpy as np
 from alternative_runs import Alternative
-from arms import PLAIN
-from experiments import Lab, Report, cell, count, main, plain_numbers, table
-from learning_rate import scientific
+from arms import PLAIN, SeedPoint, runs_by
+from experiments import Lab, main
 from matplotlib.figure import Figure
-from runs import Point, Trajectory, at_new_loss, forgetting, trajectory
+from reports import Report, Script, cell, count, plain_numbers, scientific, table
+from runs import Trajectory, at_new_loss, forgetting, trajectory
 from transformers import AutoConfig
 
 from lightning_replay.report.plots import Look
 
 DEFAULT, PAPER = "KL replay, default", "KL replay, the paper's"
+WEAK, INTERPOLATED = "KL replay × 1", ", interpolated"
 SWEEP = tuple(step / 20 for step in range(21))
 """Shares of the finetuned weights in an interpolation."""
 PATIENCE = 3
 """Times the steps of plain finetuning that an arm may take to the new-task loss."""
-COLUMNS = ("step", "cpu_seconds", "sampled_rows", "new_loss", "prior_loss")
-"""Of a point, in the CSV file."""
+PANELS = {
+    "Replay": (DEFAULT, PAPER, WEAK, "KL replay, other text"),
+    "Next-token replay": ("next-token replay", "next-token replay, other text"),
+    "Interpolated after the fit": (f"{WEAK}{INTERPOLATED}", f"{PLAIN}{INTERPOLATED}"),
+    "On new rows alone": ("LwF", "a tenth of the rate"),
+    "Pulled back": ("EWC", "L2-SP"),
+    "Partly frozen": ("OSF", "lower half frozen"),
+    "LoRA": ("LoRA, rank 4", "LoRA, rank 16", "LoRA, full rank", "LoRA, rank 16, and embeddings"),
+}
+"""The arms of each part of the picture. Plain finetuning is in all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(SeedPoint):
+    """A measured point of a run.
+
+    Attributes:
+        arm: Of the run.
+        setting: Of the arm; empty if there is only one.
+        chosen: Whether it is the best one.
+        weight: The share of the finetuned weights in an interpolation after the fit; None during the fit.
+        bytes: What the fit holds.
+    """
+
+    arm: str
+    setting: str
+    chosen: bool
+    weight: float | None
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +180,7 @@ def whole_runs() -> dict[str, dict[str, Any]]:
             "replay_fraction": 0.1,
         },
         PAPER: {"replay": {"loss": "kl", "coefficient": 10.0}},
-        "KL replay × 1": {"replay": {"loss": "kl", "coefficient": 1.0}, "sweep": SWEEP},
+        WEAK: {"replay": {"loss": "kl", "coefficient": 1.0}, "sweep": SWEEP},
     }
 
 
@@ -171,11 +199,6 @@ def runs_of(lab: Lab, ways: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -
     return [[next(results) for _ in seeds] for _ in ways]
 
 
-def interpolation(result: Mapping[str, Any]) -> Trajectory:
-    """What was measured after a fit at growing shares of its weights."""
-    return [Point(**{name: value for name, value in point.items() if name != "weight"}) for point in result["sweep"]]
-
-
 def forgetting_at(result: Mapping[str, Any], level: float) -> tuple[float, float]:
     """To choose among settings: forgetting at a level, and if that is not reached, how far it is away."""
     run = trajectory(result)
@@ -183,8 +206,8 @@ def forgetting_at(result: Mapping[str, Any], level: float) -> tuple[float, float
     return (inf, run[-1].new_loss) if isnan(forgotten) else (forgotten, 0.0)
 
 
-def alternatives(lab: Lab) -> Report:
-    """Do the runs and compare them."""
+def measure(lab: Lab) -> dict[str, list[Tried]]:
+    """Do the runs."""
     whole = whole_runs()
     results = dict(zip(whole, runs_of(lab, list(whole.values()), lab.seeds), strict=True))
     level = max(result["points"][-1]["new_loss"] for name in (DEFAULT, PAPER) for result in results[name])
@@ -197,49 +220,70 @@ def alternatives(lab: Lab) -> Report:
         best.setdefault(arm, name)
     chosen = {arm: best[arm] for arm, _ in ways}
     rest = runs_of(lab, [ways[key] for key in chosen.items()], others)
-    results |= {arm: [tried[arm, name], *more] for (arm, name), more in zip(chosen.items(), rest, strict=True)}
+    all_results = {(arm, ""): given for arm, given in results.items()}
+    all_results |= {key: [result] for key, result in tried.items()}
+    for key, more in zip(chosen.items(), rest, strict=True):
+        all_results[key] += more
+    points = [
+        Tried(
+            arm=arm,
+            setting=name,
+            chosen=chosen.get(arm, name) == name,
+            weight=point.get("weight"),
+            bytes=result["bytes"],
+            seed=seed,
+            **{key: value for key, value in point.items() if key != "weight"},
+        )
+        for (arm, name), given in all_results.items()
+        for seed, result in zip(lab.seeds, given, strict=False)
+        for point in (*result["points"], *result["sweep"])
+    ]
+    return {"alternatives": points}
 
+
+def report(points: Sequence[Tried]) -> Report:
+    """Compare the arms, each with its best setting."""
+    fits = [point for point in points if point.chosen and point.weight is None]
+    runs = runs_by(fits, lambda point: point.arm)
+    level = max(run[-1].new_loss for name in (DEFAULT, PAPER) for run in runs[name])
+    first = {point.arm: point for point in fits}
     found: dict[str, Found] = {}
 
-    def add(arm: str, source: str, curve: Callable[[Mapping[str, Any]], Trajectory]) -> None:
-        given = results[source]
-        found[arm] = Found(
-            arm,
-            chosen.get(source, ""),
-            [curve(result) for result in given],
-            [trajectory(result)[-1] for result in given],
-            given[0]["bytes"],
-            found.get(PLAIN),
-            level,
-        )
+    def add(arm: str, curves: Sequence[Trajectory], source: str) -> None:
+        ends, about = [run[-1] for run in runs[source]], first[source]
+        found[arm] = Found(arm, about.setting, curves, ends, about.bytes, found.get(PLAIN), level)
 
-    for arm in results:
-        add(arm, arm, trajectory)
-    for arm, way in whole.items():
-        if "sweep" in way:
-            add(f"{arm}, interpolated", arm, interpolation)
+    for arm, curves in runs.items():
+        add(arm, curves, arm)
+    swept = [point for point in points if point.weight is not None]
+    for arm, curves in runs_by(swept, lambda point: point.arm).items():
+        add(f"{arm}{INTERPOLATED}", curves, arm)
     compared = [each for arm, each in found.items() if arm not in (DEFAULT, PAPER, PLAIN)]
     compared.sort(key=lambda each: -mean(-inf if isnan(share) else share for share in each.removed))
 
     def draw(figure: Figure) -> None:
-        axis = figure.add_subplot()
-        for index, (arm, each) in enumerate(found.items()):
-            axis.plot(*curve_of(each.runs), label=arm, **Look.of(index).line())
-        axis.axvline(level, color="black", linewidth=0.8, alpha=0.5)
-        axis.invert_xaxis()
-        axis.set_yscale("symlog", linthresh=0.02)
-        plain_numbers(axis.yaxis)
-        axis.set(
-            title="Right is learned, down is kept",
-            xlabel="new-task loss, nats a token",
-            ylabel="forgetting, nats a token",
-        )
-        figure.legend(loc="outside right center", frameon=False, fontsize=7)
+        axes = figure.subplots(2, 4, sharex=True, sharey=True).flatten()
+        for axis, (title, arms) in zip(axes, PANELS.items(), strict=False):
+            lines = [
+                axis.plot(*curve_of(found[arm].runs), **Look.of(index).line())[0] for index, arm in enumerate(arms)
+            ]
+            shared = [axis.plot(*curve_of(found[PLAIN].runs), color="0.6", linewidth=1.2, zorder=1)[0]]
+            shared.append(axis.axvline(level, color="black", linewidth=0.8, dashes=(3.0, 2.0)))
+            # Above the panel, where it hides no curve.
+            above = {"loc": "lower left", "bbox_to_anchor": (-0.05, 0.98), "alignment": "left", "handlelength": 1.2}
+            axis.legend(lines, arms, title=title, title_fontsize=10, fontsize=8, frameon=False, **above)
+        axes[-1].set_axis_off()
+        axes[-1].legend(shared, (PLAIN, f"a loss of {level:.2f}"), loc="center left", fontsize=8, frameon=False)
+        axes[0].invert_xaxis()
+        axes[0].set_yscale("symlog", linthresh=0.02)
+        plain_numbers(axes[0].yaxis)
+        figure.supxlabel("new-task loss, nats a token: right is learned", fontsize=9)
+        figure.supylabel("forgetting, nats a token: down is kept", fontsize=9)
 
     return Report(
         claim="What would be cheaper",
         experiment=f"{len(found)} ways to finetune, at a new-task loss of {level:.2f}; share of plain finetuning's "
-        f"forgetting that is gone there; {count(lab.seeds, 'seed')}",
+        f"forgetting that is gone there; {count((point.seed for point in points), 'seed')}",
         paper="",
         ours="; ".join(
             f"{each.arm} {cell(each.removed, '.1%')}" for each in (found[DEFAULT], found[PAPER], *compared[:4])
@@ -258,26 +302,8 @@ def alternatives(lab: Lab) -> Report:
             ],
             [each.cells() for each in found.values()],
         ),
-        rows=[
-            {
-                "arm": arm,
-                "setting": name,
-                "chosen": arm not in chosen or chosen[arm] == name,
-                "seed": seed,
-                "weight": point.get("weight", ""),
-                **{key: point[key] for key in COLUMNS},
-                "bytes": result["bytes"],
-            }
-            for (arm, name), given in (
-                {(arm, ""): results[arm] for arm in whole}
-                | {key: [result] for key, result in tried.items()}
-                | {(arm, chosen[arm]): results[arm] for arm in chosen}
-            ).items()
-            for seed, result in zip(lab.seeds, given, strict=False)
-            for point in (*result["points"], *result["sweep"])
-        ],
         draw=draw,
-        size=(8.5, 5.0),
+        size=(9.5, 6.5),
     )
 
 
@@ -292,5 +318,7 @@ def curve_of(runs: Sequence[Trajectory]) -> tuple[list[float], list[float]]:
     return [level for level, _ in known], [value for _, value in known]
 
 
+SCRIPT = Script({"alternatives": Tried}, measure, report)
+
 if __name__ == "__main__":
-    main({"alternatives": alternatives}, __doc__)
+    main([SCRIPT], __doc__)

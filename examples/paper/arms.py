@@ -1,13 +1,14 @@
 """Ways to finetune one model on one text, and how they are compared at the same new-task loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from experiments import Lab, cell, table
-from runs import Finetuning, Trajectory, forgetting
+from experiments import Lab
+from reports import cell, table
+from runs import Finetuning, Point, Trajectory, forgetting
 
 from lightning_replay import KL, Sampling
 
@@ -80,6 +81,45 @@ ARMS: dict[str, Arm] = {
 Trajectories = dict[str, list[Trajectory]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedPoint(Point):
+    """A measured point in a CSV file; its dataclass says which run it is of.
+
+    Attributes:
+        seed: Of the run.
+    """
+
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPoint(SeedPoint):
+    """A measured point of an arm.
+
+    Attributes:
+        arm: Its name.
+    """
+
+    arm: str
+
+
+Measured = TypeVar("Measured", bound=SeedPoint)
+Key = TypeVar("Key", bound=Hashable)
+
+
+def runs_by(points: Iterable[Measured], key: Callable[[Measured], Key]) -> dict[Key, list[Trajectory]]:
+    """The runs that some points are of, a run for each seed, by what they have in common."""
+    found: dict[Key, dict[int, Trajectory]] = {}
+    for point in points:
+        found.setdefault(key(point), {}).setdefault(point.seed, []).append(point)
+    return {name: list(runs.values()) for name, runs in found.items()}
+
+
+def runs_by_arm(points: Iterable[ArmPoint]) -> Trajectories:
+    """The runs of each arm."""
+    return runs_by(points, lambda point: point.arm)
+
+
 def trajectories(lab: Lab, names: Sequence[str]) -> Trajectories:
     """What was measured in the runs of some arms, a run for each seed."""
     runs = [ARMS[name].run(lab, seed) for seed in lab.seeds for name in names]
@@ -124,11 +164,11 @@ def comparison(arms: Trajectories) -> str:
     return table(["arm", "new-task loss", "forgetting", "plain finetuning's there", "removed"], rows)
 
 
-def lines(lab: Lab, arms: Mapping[str, Sequence[Trajectory]]) -> list[dict[str, Any]]:
-    """A line for each measured point, for a CSV file."""
+def arm_points(lab: Lab, names: Sequence[str]) -> list[ArmPoint]:
+    """What was measured in the runs of some arms, for a CSV file."""
     return [
-        {"arm": name, "seed": seed, **vars(point)}
-        for name, runs in arms.items()
+        ArmPoint(arm=name, seed=seed, **vars(point))
+        for name, runs in trajectories(lab, names).items()
         for seed, run in zip(lab.seeds, runs, strict=True)
         for point in run
     ]

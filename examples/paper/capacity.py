@@ -15,9 +15,10 @@ from statistics import mean
 from typing import Any
 
 from arms import loss_after
-from experiments import Lab, Report, cell, main, plain_numbers, table
+from experiments import Lab, main
 from matplotlib.figure import Figure
-from runs import Finetuning, Trajectory, at_new_loss, forgetting
+from reports import Report, Script, cell, plain_numbers, table
+from runs import Finetuning, at_new_loss
 
 from lightning_replay.report.plots import Look
 
@@ -44,38 +45,38 @@ class Start:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A pretrained model finetuned with a coefficient, measured when it passed the new-task loss."""
+    """A pretrained model finetuned with a coefficient to the new-task loss: a line of the CSV file.
 
-    start: Start
+    Attributes:
+        width: Of the model.
+        parameters: Of the model.
+        tokens_per_parameter: Of its pretraining.
+        seed: Of its pretraining and of its finetuning.
+        coefficient: Of the KL; 0 for no replay.
+        prior_level: The prior loss to which the narrowest model was pretrained.
+        new_level: The new-task loss.
+        steps: Optimizer steps of the finetuning.
+        new_loss_before: On held-out new text, before it.
+        prior_loss_before: On held-out prior text, before it.
+        prior_loss: The same when the run passed the new-task loss; NaN if it did not.
+    """
+
+    width: int
+    parameters: int
+    tokens_per_parameter: float
+    seed: int
     coefficient: float
-    points: Trajectory
-    level: float
-
-    @property
-    def prior_loss(self) -> float:
-        """On held-out prior text; NaN if the run did not reach that loss."""
-        return at_new_loss(self.points, self.level, "prior_loss")
+    prior_level: float
+    new_level: float
+    steps: int
+    new_loss_before: float
+    prior_loss_before: float
+    prior_loss: float
 
     @property
     def forgetting(self) -> float:
-        """Its rise."""
-        return forgetting(self.points, self.level)
-
-    def line(self) -> dict[str, Any]:
-        """For the CSV file."""
-        return {
-            "width": self.start.width,
-            "parameters": self.start.parameters,
-            "tokens_per_parameter": round(self.start.tokens_per_parameter, 2),
-            "seed": self.start.seed,
-            "coefficient": self.coefficient,
-            "new_level": self.level,
-            "steps": self.points[-1].step,
-            "prior_loss_before": self.points[0].prior_loss,
-            "new_loss_before": self.points[0].new_loss,
-            "prior_loss": self.prior_loss,
-            "forgetting": self.forgetting,
-        }
+        """The rise of the prior loss."""
+        return self.prior_loss - self.prior_loss_before
 
 
 def narrow(lab: Lab) -> tuple[list[list[Start]], float]:
@@ -117,15 +118,6 @@ def wide(lab: Lab, prior_level: float, steps: int) -> list[Start]:
     ]
 
 
-def finetuned(lab: Lab, pairs: Sequence[tuple[Start, float]], level: float) -> list[Finetuned]:
-    """Models finetuned with coefficients to a new-task loss."""
-    runs = [finetuning(lab, start, coefficient, level) for start, coefficient in pairs]
-    return [
-        Finetuned(start, coefficient, points, level)
-        for (start, coefficient), points in zip(pairs, lab.trajectories(runs), strict=True)
-    ]
-
-
 def finetuning(lab: Lab, start: Start, coefficient: float, until: float | None) -> Finetuning:
     """The run of a model with a coefficient."""
     replay = {"loss": "kl", "coefficient": coefficient} if coefficient else None
@@ -140,36 +132,58 @@ def lowest(runs: Sequence[Finetuned]) -> Finetuned:
     return min(runs, key=lambda run: inf if isnan(run.prior_loss) else run.prior_loss)
 
 
-def capacity(lab: Lab) -> Report:
-    """Pretrain, finetune and compare."""
+def measure(lab: Lab) -> dict[str, list[Finetuned]]:
+    """Pretrain and finetune."""
     lengths, prior_level = narrow(lab)
     longest = [starts[-1] for starts in lengths]
     starts = longest + wide(lab, prior_level, longest[0].steps)
     aims = lab.trajectories([finetuning(lab, start, 0.0, None) for start in longest])
     level = mean(loss_after(run, LEVEL_AT * lab.scale.capacity_steps) for run in aims)
 
-    swept = finetuned(lab, [(start, coefficient) for start in starts for coefficient in COEFFICIENTS], level)
+    pairs = [(start, coefficient) for start in starts for coefficient in COEFFICIENTS]
+    pairs += [(start, 0.0) for seeds in lengths for start in seeds[:-1]]
+    runs = lab.trajectories([finetuning(lab, start, coefficient, level) for start, coefficient in pairs])
+    found = [
+        Finetuned(
+            start.width,
+            start.parameters,
+            round(start.tokens_per_parameter, 2),
+            start.seed,
+            coefficient,
+            prior_level,
+            level,
+            run[-1].step,
+            run[0].new_loss,
+            run[0].prior_loss,
+            at_new_loss(run, level, "prior_loss"),
+        )
+        for (start, coefficient), run in zip(pairs, runs, strict=True)
+    ]
+    return {"capacity": found}
+
+
+def report(runs: Sequence[Finetuned]) -> Report:
+    """Compare the widths at one prior loss, and the lengths of pretraining of the narrowest."""
+    widths, seeds = (sorted({getattr(run, name) for run in runs}) for name in ("width", "seed"))
+    most = max(run.tokens_per_parameter for run in runs if run.width == widths[0])
+    prior_level, level = runs[0].prior_level, runs[0].new_level
+    swept = [run for run in runs if run.width != widths[0] or run.tokens_per_parameter == most]
     best = {
-        width: [lowest([run for run in swept if run.start == start]) for start in starts if start.width == width]
-        for width in lab.scale.widths
+        width: [lowest([run for run in swept if (run.width, run.seed) == (width, seed)]) for seed in seeds]
+        for width in widths
     }
-    by_length = finetuned(lab, [(start, 0.0) for seeds in lengths for start in seeds], level)
-    tokens = sorted({run.start.tokens_per_parameter for run in by_length})
+    without = {width: [run for run in swept if run.width == width and not run.coefficient] for width in widths}
+    by_length = [run for run in runs if run.width == widths[0] and not run.coefficient]
+    tokens = sorted({run.tokens_per_parameter for run in by_length})
     at_length = {
-        number: [run.forgetting for run in by_length if run.start.tokens_per_parameter == number] for number in tokens
+        number: [run.forgetting for run in by_length if run.tokens_per_parameter == number] for number in tokens
     }
 
     def draw(figure: Figure) -> None:
         by_size, by_tokens = figure.subplots(1, 2)
-        sizes = [runs[0].start.parameters for runs in best.values()]
-        for index, (name, coefficient) in enumerate({"no replay": 0.0, "best coefficient": None}.items()):
-            groups = [
-                runs
-                if coefficient is None
-                else [run for run in swept if run.start.width == width and not run.coefficient]
-                for width, runs in best.items()
-            ]
-            band(by_size, sizes, [[run.forgetting for run in runs] for runs in groups], index, name)
+        sizes = [group[0].parameters for group in best.values()]
+        for index, (name, groups) in enumerate({"no replay": without, "best coefficient": best}.items()):
+            band(by_size, sizes, [[run.forgetting for run in group] for group in groups.values()], index, name)
         band(by_tokens, tokens, list(at_length.values()), 0, "no replay")
         by_size.set_xticks(sizes, [f"{size:,}" for size in sizes])
         by_size.set(title=f"Pretrained to a prior loss of {prior_level:.2f}", xlabel="parameters", ylabel=FORGETTING)
@@ -177,13 +191,12 @@ def capacity(lab: Lab) -> Report:
 
     return Report(
         claim="Capacity bounds forgetting",
-        experiment=f"Llamas {', '.join(map(str, lab.scale.widths))} wide, reading bytes, pretrained to a prior loss of "
+        experiment=f"Llamas {', '.join(map(str, widths))} wide, reading bytes, pretrained to a prior loss of "
         f"{prior_level:.2f}, finetuned to a new-task loss of {level:.2f} with KL × 0 to 10: rise of the lowest prior "
         "loss; and the narrowest without replay after longer pretraining",
         paper="rise of 0.26 at 6M parameters, 0.005 at 46M; −0.004 at 10 tokens per parameter, 0.181 at 10,000",
         ours="; ".join(
-            f"{runs[0].start.parameters:,} parameters {cell([run.forgetting for run in runs])}"
-            for runs in best.values()
+            f"{group[0].parameters:,} parameters {cell([run.forgetting for run in group])}" for group in best.values()
         )
         + "; "
         + ", ".join(
@@ -202,14 +215,14 @@ def capacity(lab: Lab) -> Report:
             [
                 [
                     str(width),
-                    f"{runs[0].start.parameters:,}",
-                    cell([run.start.tokens_per_parameter for run in runs], ".0f"),
-                    ", ".join(f"{run.coefficient:g}" for run in runs),
-                    cell([run.points[0].prior_loss for run in runs], ".3f"),
-                    cell([run.prior_loss for run in runs], ".3f"),
-                    cell([run.forgetting for run in runs]),
+                    f"{group[0].parameters:,}",
+                    cell([run.tokens_per_parameter for run in group], ".0f"),
+                    ", ".join(f"{run.coefficient:g}" for run in group),
+                    cell([run.prior_loss_before for run in group], ".3f"),
+                    cell([run.prior_loss for run in group], ".3f"),
+                    cell([run.forgetting for run in group]),
                 ]
-                for width, runs in best.items()
+                for width, group in best.items()
             ],
         )
         + "\n\n"
@@ -217,7 +230,6 @@ def capacity(lab: Lab) -> Report:
             ["tokens per parameter", *(f"{number:,.0f}" for number in tokens)],
             [["forgetting without replay", *(cell(values) for values in at_length.values())]],
         ),
-        rows=[run.line() for run in [*swept, *by_length]],
         draw=draw,
         size=(7.5, 3.4),
     )
@@ -240,5 +252,7 @@ def band(axis: Any, x: Sequence[float], groups: Sequence[Sequence[float]], index
     axis.margins(y=0.15)
 
 
+SCRIPT = Script({"capacity": Finetuned}, measure, report)
+
 if __name__ == "__main__":
-    main({"capacity": capacity}, __doc__)
+    main([SCRIPT], __doc__)

@@ -3,11 +3,13 @@
 python examples/paper/coefficients.py --model DIR --prior known.txt --new new.txt --other another.txt
 """
 
+from collections.abc import Sequence
 from statistics import mean
 
-from arms import KL_COEFFICIENTS, NEXT_TOKEN_COEFFICIENTS, PLAIN, comparison, lines, removed, trajectories
-from experiments import Lab, Report, cell, main, plain_numbers
+from arms import KL_COEFFICIENTS, NEXT_TOKEN_COEFFICIENTS, PLAIN, ArmPoint, arm_points, comparison, removed, runs_by_arm
+from experiments import Lab, main
 from matplotlib.figure import Figure
+from reports import Report, Script, cell, plain_numbers
 from runs import forgetting
 
 from lightning_replay.report.plots import Look
@@ -16,9 +18,14 @@ FAMILIES = {"KL": KL_COEFFICIENTS, "next-token": NEXT_TOKEN_COEFFICIENTS}
 NAMES = [PLAIN, *(f"{loss} × {number:g}" for loss, numbers in FAMILIES.items() for number in numbers)]
 
 
-def coefficients(lab: Lab) -> Report:
-    """Compare coefficients, of both losses, on the model's own samples."""
-    arms = trajectories(lab, NAMES)
+def measure(lab: Lab) -> dict[str, list[ArmPoint]]:
+    """Finetune with coefficients of both losses, on the model's own samples."""
+    return {"coefficients": arm_points(lab, NAMES)}
+
+
+def report(points: Sequence[ArmPoint]) -> Report:
+    """Compare the coefficients."""
+    arms, steps = runs_by_arm(points), max(point.step for point in points)
     ends = {
         name: (mean(run[-1].new_loss for run in runs), mean(forgetting(run) for run in runs))
         for name, runs in arms.items()
@@ -42,7 +49,7 @@ def coefficients(lab: Lab) -> Report:
         axis.set_yscale("symlog", linthresh=0.01)
         plain_numbers(axis.yaxis)
         axis.set(
-            title=f"Coefficients after {lab.scale.steps} steps: left is learned, down is kept",
+            title=f"Coefficients after {steps} steps: left is learned, down is kept",
             xlabel="new-task loss, nats a token",
             ylabel="forgetting, nats a token",
         )
@@ -50,14 +57,15 @@ def coefficients(lab: Lab) -> Report:
 
     return Report(
         claim="What a coefficient costs",
-        experiment=f"KL × 0.01 to 30 and next-token × 0.1 to 10 on its own samples, {lab.scale.steps} steps",
+        experiment=f"KL × 0.01 to 30 and next-token × 0.1 to 10 on its own samples, {steps} steps",
         paper="10 for KL",
         ours=f"KL {'; '.join(costs)} (no replay: {ends[PLAIN][0]:.2f})",
         details=comparison(arms),
-        rows=lines(lab, arms),
         draw=draw,
     )
 
 
+SCRIPT = Script({"coefficients": ArmPoint}, measure, report)
+
 if __name__ == "__main__":
-    main({"coefficients": coefficients}, __doc__)
+    main([SCRIPT], __doc__)

@@ -5,14 +5,18 @@
 Uses the last measurement of each run in which the other scripts finetune the model; runs in the output folder are read.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import coefficients
 import methods
 import other_text
 import torch
-from arms import ARMS, trajectories
-from experiments import Lab, Report, main, table
+from arms import ARMS, SeedPoint, trajectories
+from experiments import Lab, main
 from learning_rate import ways
 from matplotlib.figure import Figure
+from reports import Report, Script, table
 from runs import Trajectory, forgetting
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
@@ -22,13 +26,36 @@ TEXTS = {"prior_kl": "prior text", "new_kl": "new text"}
 GROUPS = {"all runs": (False, True), "without replay": (False,), "with replay": (True,)}
 
 
-def drift(lab: Lab) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class End(SeedPoint):
+    """What was measured last in a run.
+
+    Attributes:
+        run: Its name.
+        replays: Whether it adds a replay loss.
+        forgetting: The rise of the prior loss since the first measurement.
+    """
+
+    run: str
+    replays: bool
+    forgetting: float
+
+
+def measure(lab: Lab) -> dict[str, list[End]]:
+    """Finetune in all ways."""
+    ends = [
+        End(run=name, replays=uses_replay(name), forgetting=forgetting(run), seed=seed, **vars(run[-1]))
+        for name, seed, run in finetunings(lab)
+    ]
+    return {"drift": ends}
+
+
+def report(ends: Sequence[End]) -> Report:
     """Correlate the rise of the prior loss with the KL divergence on both texts."""
-    runs = finetunings(lab)
 
     def series(key: str, replays: tuple[bool, ...]) -> tuple[list[float], list[float]]:
-        chosen = [run for name, _, run in runs if uses_replay(name) in replays]
-        return [getattr(run[-1], key) for run in chosen], [forgetting(run) for run in chosen]
+        chosen = [end for end in ends if end.replays in replays]
+        return [getattr(end, key) for end in chosen], [end.forgetting for end in chosen]
 
     def correlations(key: str, group: str) -> tuple[str, str]:
         x, y = (torch.tensor(values, dtype=torch.float64) for values in series(key, GROUPS[group]))
@@ -49,7 +76,7 @@ def drift(lab: Lab) -> Report:
     (prior, prior_ranks), (new, new_ranks) = (correlations(key, "all runs") for key in TEXTS)
     return Report(
         claim="KL drift predicts forgetting",
-        experiment=f"The ends of all {len(runs)} runs above that finetune the model: forgetting against the KL "
+        experiment=f"The ends of all {len(ends)} runs above that finetune the model: forgetting against the KL "
         "divergence from the first model",
         paper="the KL on the new task predicts forgetting (RL's Razor)",
         ours=f"KL on prior text: Pearson {prior}, Spearman {prior_ranks}; on new text: {new}, {new_ranks}; on new text "
@@ -62,7 +89,6 @@ def drift(lab: Lab) -> Report:
                 for group in GROUPS
             ],
         ),
-        rows=[{"run": name, "seed": seed, "forgetting": forgetting(run), **vars(run[-1])} for name, seed, run in runs],
         draw=draw,
         size=(7.5, 3.6),
     )
@@ -85,5 +111,7 @@ def uses_replay(name: str) -> bool:
     return ARMS[name].replay is not None if name in ARMS else "replay" in name
 
 
+SCRIPT = Script({"drift": End}, measure, report)
+
 if __name__ == "__main__":
-    main({"drift": drift}, __doc__)
+    main([SCRIPT], __doc__)

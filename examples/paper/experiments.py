@@ -1,27 +1,21 @@
-"""What all scripts of this folder share: command-line arguments, runs on worker processes, and result files."""
+"""What all scripts of this folder share: command-line arguments, runs on worker processes, and their results."""
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
 import random
-import re
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean
 from threading import RLock
 from typing import Any, TypeVar
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from reports import FOLDER, Script, details, fill, regions, summary
 from runs import Finetuning, Pretraining, Run, Text, Trajectory, prepare_worker, trajectory
 
-from lightning_replay.report.plots import STYLE
 from lightning_replay.utilities.io import atomic_write
 
 Key = TypeVar("Key", bound=Hashable)
@@ -193,45 +187,32 @@ def file_of(run: Run, folder: Path) -> Path:
     return folder / "runs" / f"{run.key}.json"
 
 
-@dataclass
-class Report:
-    """What a script found.
-
-    Attributes:
-        claim: Of the paper.
-        experiment: Ours, in one line.
-        paper: The paper's figures.
-        ours: Our figures.
-        details: More of them, as a Markdown table.
-        rows: The lines of the CSV file.
-        draw: Draws the picture.
-        size: Of the picture, in inches.
-    """
-
-    claim: str
-    experiment: str
-    paper: str
-    ours: str
-    details: str
-    rows: Sequence[Mapping[str, Any]]
-    draw: Callable[[Figure], None]
-    size: tuple[float, float] = (7.5, 4.2)
-
-
-Script = Callable[[Lab], Report]
-
-
-def main(scripts: Mapping[str, Script], description: str) -> None:
-    """Do what the scripts need, and write the files of each, and ``results.md`` of all of them.
+def main(scripts: Sequence[Script], description: str) -> None:
+    """Do the runs that the scripts need, unless ``--redraw`` is given, and write what all of them report.
 
     Args:
-        scripts: By the name of their files.
+        scripts: All that the command does.
         description: Of the command.
     """
     options = parsed(description)
+    if options.redraw is None:
+        measure(scripts, options)
+    folder = options.redraw or options.output
+    reports = {script.name: script.read(folder) for script in scripts}
+    for name, report in reports.items():
+        report.figure().savefig(folder / f"{name}.png", dpi=160)
+    results = f"{summary(reports)}\n\n{details(reports)}\n"
+    if options.redraw is None:
+        (folder / ("results.md" if len(scripts) > 1 else f"{scripts[0].name}.md")).write_text(results)
+    print(f"\n{results}\nThe pictures are in {folder}, beside the CSV files that they are drawn from.")
+    for page in options.fill:
+        for region, text in regions(reports, page).items():
+            fill(page, region, text)
+
+
+def measure(scripts: Sequence[Script], options: argparse.Namespace) -> None:
+    """Do what the scripts need on worker processes, and write the CSV files of each."""
     options.output.mkdir(parents=True, exist_ok=True)
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(STYLE)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, prepare_worker) as pool:
@@ -241,27 +222,10 @@ def main(scripts: Mapping[str, Script], description: str) -> None:
             lab = Lab(options, pool)
             # Each script waits for runs of its own in a thread of its own, so that the workers always have some to do.
             with ThreadPoolExecutor(len(scripts)) as threads:
-                reports = dict(zip(scripts, threads.map(lambda script: script(lab), scripts.values()), strict=True))
+                list(threads.map(lambda script: script.write(lab), scripts))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    lines = ["| claim | experiment | the paper | here | script |", "|---|---|---|---|---|"]
-    details: list[str] = []
-    for name, report in reports.items():
-        write(options.output, name, report)
-        cells = (report.claim, report.experiment, report.paper, report.ours, f"[`{name}.py`]({name}.py)")
-        lines.append(f"| {' | '.join(cells)} |")
-        details.append(f"**{report.claim}** ({report.experiment})\n\n{report.details}")
-    results = "\n".join(lines) + "\n\n" + "\n\n".join(details) + "\n"
-    (options.output / ("results.md" if len(scripts) > 1 else f"{next(iter(scripts))}.md")).write_text(results)
-    print(f"\n{results}\nWrote these lines, pictures and CSV files to {options.output}.")
-    for page in options.fill:
-        if len(scripts) == 1:
-            fill(page, next(iter(scripts)), details[0].partition("\n\n")[2])
-            continue
-        here = os.path.relpath(Path(__file__).parent, page.resolve().parent)
-        fill(page, "paper results", re.sub(r"\]\((\w+\.py)\)", rf"]({here}/\1)", "\n".join(lines)))
-        fill(page, "paper details", "\n\n".join(details))
 
 
 def parsed(description: str) -> argparse.Namespace:
@@ -288,7 +252,20 @@ def parsed(description: str) -> argparse.Namespace:
     parser.add_argument("--finished", action="store_true", help="`frontier.py`, `budget.py`: only finished runs")
     parser.add_argument("--quick", action="store_true", help="tiny runs, which show that it works and nothing else")
     parser.add_argument("--fill", type=Path, nargs="+", default=[], help="Markdown files to put the tables into")
+    parser.add_argument(
+        "--redraw",
+        type=Path,
+        nargs="?",
+        const=FOLDER,
+        metavar="FOLDER",
+        help="no runs: report what the CSV files of a folder hold, by default those beside the scripts",
+    )
     options = parser.parse_args()
+    if options.redraw is not None:
+        given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+        if useless := [f"--{name.replace('_', '-')}" for name in given if name not in ("redraw", "fill")]:
+            parser.error(f"--redraw does no runs, so {', '.join(useless)} would have no effect; leave it out.")
+        return options
     missing = [f"--{name}" for name in ("model", "prior", "new", "other") if getattr(options, name) is None]
     if missing and not (options.quick and len(missing) == 4):
         parser.error(f"{', '.join(missing)} missing; --quick alone needs none of them and makes its own.")
@@ -311,55 +288,3 @@ def invent(options: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
     text = Text(options.prior)
     pretraining = Pretraining(text, 32, 0, 100, 50, rows=QUICK.rows, length=QUICK.length, held_out=QUICK.held_out)
     options.model = pool.submit(perform, pretraining, options.output).result()["kept"]["100"]
-
-
-def write(folder: Path, name: str, report: Report) -> None:
-    """A script's CSV file and picture."""
-    write_csv(folder / f"{name}.csv", report.rows)
-    figure = Figure(figsize=report.size, layout="constrained")
-    report.draw(figure)
-    figure.savefig(folder / f"{name}.png", dpi=160)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file of rows that have the same columns."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plain_numbers(axis: Any) -> None:
-    """Label the ticks of a logarithmic axis with numbers, which need no mathematical notation."""
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def fill(page: Path, region: str, text: str) -> None:
-    """Put text between ``<!-- region -->`` and ``<!-- end of region -->`` in a Markdown file that has these marks."""
-    begin, end = f"<!-- {region} -->", f"<!-- end of {region} -->"
-    old = page.read_text(encoding="utf-8")
-    new = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
-    page.write_text(new, encoding="utf-8")
-
-
-def cell(values: Iterable[float], form: str = "+.3f") -> str:
-    """Mean and half the distance of the extremes; values that are not a number are counted and left out."""
-    values = list(values)
-    known = [value for value in values if value == value]
-    if not known:
-        return "not reached"
-    spread = format((max(known) - min(known)) / 2, form.lstrip("+"))
-    note = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{mean(known):{form}} ± {spread}{note}".replace("-", "−")
-
-
-def count(values: Sequence[Any], noun: str) -> str:
-    """How many there are, in words such as "3 seeds"."""
-    return f"{len(values)} {noun}{'s' * (len(values) != 1)}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,15 +11,31 @@ from dataclasses import dataclass
 from math import isnan
 from statistics import mean
 
-from arms import plain_level
-from experiments import Lab, Report, cell, main, plain_numbers, table
+from arms import SeedPoint, plain_level, runs_by
+from experiments import Lab, main
 from matplotlib.figure import Figure
+from reports import Report, Script, cell, plain_numbers, scientific, table
 from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
 from lightning_replay.report.plots import Look
 
 FRACTIONS = (0.05, 0.1, 0.2)
 REPLAY = {"loss": "kl", "coefficient": 10.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatePoint(SeedPoint):
+    """A measured point of a run.
+
+    Attributes:
+        learning_rate: Of the run.
+        replay_fraction: Its share of replay rows.
+        new_level: The new-task loss at which all runs end.
+    """
+
+    learning_rate: float
+    replay_fraction: float
+    new_level: float
 
 
 @dataclass(frozen=True)
@@ -79,9 +95,21 @@ def ways(lab: Lab) -> list[Way]:
     ]
 
 
-def learning_rate(lab: Lab) -> Report:
-    """Compare the time that each way takes to one new-task loss, and what it forgets."""
-    all_ways = ways(lab)
+def measure(lab: Lab) -> dict[str, list[RatePoint]]:
+    """Finetune in each way to one new-task loss."""
+    points = [
+        RatePoint(learning_rate=way.rate, replay_fraction=way.fraction, new_level=way.level, seed=seed, **vars(point))
+        for way in ways(lab)
+        for seed, run in zip(lab.seeds, way.runs, strict=True)
+        for point in run
+    ]
+    return {"learning_rate": points}
+
+
+def report(points: Sequence[RatePoint]) -> Report:
+    """Compare the time that each way takes to that loss, and what it forgets."""
+    found = runs_by(points, lambda point: (point.learning_rate, point.replay_fraction, point.new_level))
+    all_ways = [Way(rate, fraction, runs, level) for (rate, fraction, level), runs in found.items()]
     plain, replayed = ([way for way in all_ways if bool(way.fraction) == replays] for replays in (False, True))
     reached = [way for way in plain if not isnan(way.place[0])]
     least = min(reached, key=lambda way: way.place[1])
@@ -89,6 +117,7 @@ def learning_rate(lab: Lab) -> Report:
     # The fastest replay that forgets no more than the best rate without; if there is none, the one that forgets least.
     match = min((way for way in replayed if way.place[1] <= least.place[1]), key=lambda w: w.place[0], default=best)
     seconds, forgotten = least.place
+    rates, usual = [way.rate for way in plain], scientific(replayed[0].rate)
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
@@ -99,7 +128,7 @@ def learning_rate(lab: Lab) -> Report:
             names = [way.name for way in part]
             if index:  # these are too near to each other for a name each
                 shares = [f"{way.fraction:.0%}" for way in part]
-                names = [f"{scientific(lab.learning_rate)}, {', '.join(shares)} replay rows", *[""] * (len(part) - 1)]
+                names = [f"{usual}, {', '.join(shares)} replay rows", *[""] * (len(part) - 1)]
             for name, place in zip(names, places, strict=True):
                 if not isnan(place[0]):
                     axis.annotate(name, place, (7, 5), textcoords="offset points", color=look.color)
@@ -116,9 +145,8 @@ def learning_rate(lab: Lab) -> Report:
 
     return Report(
         claim="Replay breaks the learning-rate trade",
-        experiment=f"Learning rates {scientific(min(lab.scale.rates))} to {scientific(max(lab.scale.rates))} without "
-        f"replay against {scientific(lab.learning_rate)} with KL × 10 on 5 to 20% replay rows, to a new-task loss of "
-        f"{all_ways[0].level:.2f}",
+        experiment=f"Learning rates {scientific(min(rates))} to {scientific(max(rates))} without replay against "
+        f"{usual} with KL × 10 on 5 to 20% replay rows, to a new-task loss of {all_ways[0].level:.2f}",
         paper="lowest rate: the prior loss of replay in 38 times the compute, sampling not counted",
         ours=f"{least.name} forgets least without replay: {forgotten:+.3f} in {seconds:.0f} s; {match.name}: "
         f"{cell(match.forgotten)} in {cell(match.values('cpu_seconds'), '.1f')} s with sampling, "
@@ -136,20 +164,11 @@ def learning_rate(lab: Lab) -> Report:
                 for way in all_ways
             ],
         ),
-        rows=[
-            {"learning_rate": way.rate, "replay_fraction": way.fraction, "seed": seed, **vars(point)}
-            for way in all_ways
-            for seed, run in zip(lab.seeds, way.runs, strict=True)
-            for point in run
-        ],
         draw=draw,
     )
 
 
-def scientific(rate: float) -> str:
-    """A learning rate as it is usually written, such as 1e-3."""
-    return f"{rate:.0e}".replace("e-0", "e-")
-
+SCRIPT = Script({"learning_rate": RatePoint}, measure, report)
 
 if __name__ == "__main__":
-    main({"learning_rate": learning_rate}, __doc__)
+    main([SCRIPT], __doc__)

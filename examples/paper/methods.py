@@ -5,11 +5,13 @@
 One model finetuned on the new text in each way; the picture shows prior against new-task log-likelihood on the way.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from arms import PLAIN, average, comparison, difference, lines, removed, trajectories
-from experiments import Lab, Report, cell, count, main
+from arms import PLAIN, ArmPoint, arm_points, average, comparison, difference, removed, runs_by_arm
+from experiments import Lab, main
 from matplotlib.figure import Figure
+from reports import Report, Script, cell, count
 
 from lightning_replay.report.plots import Look
 
@@ -27,9 +29,14 @@ LOOKS = {
 NAMES = list(LOOKS)
 
 
-def methods(lab: Lab) -> Report:
+def measure(lab: Lab) -> dict[str, list[ArmPoint]]:
+    """Finetune in each way."""
+    return {"methods": arm_points(lab, NAMES)}
+
+
+def report(points: Sequence[ArmPoint]) -> Report:
     """Compare the ways to finetune."""
-    arms = trajectories(lab, NAMES)
+    arms, steps = runs_by_arm(points), max(point.step for point in points)
     shares = {name: cell(removed(arms[name], arms[PLAIN]), ".1%") for name in NAMES}
 
     def draw(figure: Figure) -> None:
@@ -40,7 +47,7 @@ def methods(lab: Lab) -> Report:
             axis.plot(new, prior, label=name, **look.line())
             axis.plot(new[-1:], prior[-1:], marker="o", markersize=7, color=look.color)
         axis.set(
-            title=f"{lab.scale.steps} steps of finetuning: right is learned, up is kept",
+            title=f"{steps} steps of finetuning: right is learned, up is kept",
             xlabel="log-likelihood of the new text, nats a token",
             ylabel="log-likelihood of the prior text, nats a token",
         )
@@ -48,17 +55,18 @@ def methods(lab: Lab) -> Report:
 
     return Report(
         claim="Self-generated replay nearly ends forgetting; KL beats next-token loss; LoRA alone doesn't help",
-        experiment=f"{len(NAMES)} ways to finetune, {lab.scale.steps} steps; share of plain finetuning's forgetting "
-        f"that is gone at the same new-task loss; {count(lab.seeds, 'seed')}",
+        experiment=f"{len(NAMES)} ways to finetune, {steps} steps; share of plain finetuning's forgetting "
+        f"that is gone at the same new-task loss; {count((point.seed for point in points), 'seed')}",
         paper="KL 97.5%, next-token 94.9%, LoRA −24.5%; self-generated within 0.001 nats of real rows",
         ours=f"KL × 10 {shares[OWN]}, next-token × 1 {shares['next-token × 1']}, LoRA {shares['LoRA, rank 16']}, a "
         f"tenth of the learning rate {shares['learning rate ÷ 10']}, KL on new rows {shares['KL on new rows × 1']}; "
         f"self-generated against real rows with KL: {cell(difference(arms[OWN], arms[REAL]))} nats",
         details=comparison(arms),
-        rows=lines(lab, arms),
         draw=draw,
     )
 
 
+SCRIPT = Script({"methods": ArmPoint}, measure, report)
+
 if __name__ == "__main__":
-    main({"methods": methods}, __doc__)
+    main([SCRIPT], __doc__)

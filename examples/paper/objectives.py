@@ -6,11 +6,13 @@ Writes the table in examples/results.md with `--fill examples/results.md`. Share
 `run_all.py` leaves it out. Takes 40 minutes on two cores for a model of 650,000 parameters, by itself.
 """
 
+from collections.abc import Sequence
 from statistics import mean
 
-from arms import PLAIN, comparison, lines, trajectories
-from experiments import Lab, Report, count, main
+from arms import PLAIN, ArmPoint, arm_points, comparison, runs_by_arm
+from experiments import Lab, main
 from matplotlib.figure import Figure
+from reports import Report, Script, count
 from runs import forgetting
 
 from lightning_replay.report.plots import Look
@@ -40,9 +42,14 @@ OBJECTIVES = (
 )
 
 
-def objectives(lab: Lab) -> Report:
-    """Compare all arms."""
-    arms = trajectories(lab, OBJECTIVES)
+def measure(lab: Lab) -> dict[str, list[ArmPoint]]:
+    """Finetune in all arms."""
+    return {"objectives": arm_points(lab, OBJECTIVES)}
+
+
+def report(points: Sequence[ArmPoint]) -> Report:
+    """Compare them."""
+    arms, steps = runs_by_arm(points), max(point.step for point in points)
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
@@ -54,15 +61,16 @@ def objectives(lab: Lab) -> Report:
 
     return Report(
         claim="What each objective, source and coefficient keeps",
-        experiment=f"{len(OBJECTIVES)} ways to finetune, {lab.scale.steps} steps, {count(lab.seeds, 'seed')}",
+        experiment=f"{len(arms)} ways to finetune, {steps} steps, {count((point.seed for point in points), 'seed')}",
         paper="",
         ours="below",
         details=comparison(arms),
-        rows=lines(lab, arms),
         draw=draw,
         size=(7.5, 5.0),
     )
 
 
+SCRIPT = Script({"objectives": ArmPoint}, measure, report)
+
 if __name__ == "__main__":
-    main({"objectives": objectives}, __doc__)
+    main([SCRIPT], __doc__)

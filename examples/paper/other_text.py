@@ -3,9 +3,12 @@
 python examples/paper/other_text.py --model DIR --prior known.txt --new new.txt --other another.txt
 """
 
-from arms import PLAIN, average, comparison, lines, removed, trajectories
-from experiments import Lab, Report, cell, main
+from collections.abc import Sequence
+
+from arms import PLAIN, ArmPoint, arm_points, average, comparison, removed, runs_by_arm
+from experiments import Lab, main
 from matplotlib.figure import Figure
+from reports import Report, Script, cell
 
 from lightning_replay.report.plots import Look
 
@@ -14,9 +17,14 @@ TEXTS = {"": "its own samples", ", real rows": "prior text", ", other text": "ot
 NAMES = [PLAIN, *(loss + text for loss in LOSSES for text in TEXTS)]
 
 
-def other_text(lab: Lab) -> Report:
-    """Compare both losses on rows of the model's own, of prior text and of other text."""
-    arms = trajectories(lab, NAMES)
+def measure(lab: Lab) -> dict[str, list[ArmPoint]]:
+    """Finetune with both losses on rows of the model's own, of prior text and of other text."""
+    return {"other_text": arm_points(lab, NAMES)}
+
+
+def report(points: Sequence[ArmPoint]) -> Report:
+    """Compare both losses on each kind of rows."""
+    arms = runs_by_arm(points)
     gone = {loss: cell(removed(arms[f"{loss}, other text"], arms[PLAIN]), ".1%") for loss in LOSSES}
 
     def draw(figure: Figure) -> None:
@@ -36,11 +44,12 @@ def other_text(lab: Lab) -> Report:
         paper="task average of 53.7 before: KL on the wrong text 52.7, next-token 46.0, no replay 49.1",
         ours=f"forgetting gone with KL × 10 {gone['KL × 10']}, with next-token × 1 {gone['next-token × 1']}",
         details=comparison(arms),
-        rows=lines(lab, arms),
         draw=draw,
         size=(7.5, 3.6),
     )
 
 
+SCRIPT = Script({"other_text": ArmPoint}, measure, report)
+
 if __name__ == "__main__":
-    main({"other_text": other_text}, __doc__)
+    main([SCRIPT], __doc__)

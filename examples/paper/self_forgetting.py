@@ -6,15 +6,16 @@ Finetunes the model in many ways, watched by ``ForgettingMonitor(self_rows=64)``
 ``forgetting/self`` with the rise of the loss on prior text: at the ends of the runs, and at all measurements.
 """
 
-from dataclasses import fields
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
-from arms import ARMS, PLAIN
-from experiments import Lab, Report, count, main, plain_numbers, table
+from arms import ARMS, PLAIN, SeedPoint
+from experiments import Lab, main
 from matplotlib.figure import Figure
-from runs import Finetuning, Trajectory
+from reports import Report, Script, count, plain_numbers, table
+from runs import Finetuning
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lightning_replay.report.plots import Look
@@ -41,45 +42,75 @@ class Watched(Finetuning):
     self_rows: ClassVar[int] = 64
 
 
-def self_forgetting(lab: Lab) -> Report:
-    """Correlate what the monitor sees without prior data with what real prior text shows."""
-    runs = watched(lab)
+@dataclass(frozen=True, kw_only=True)
+class WatchedPoint(SeedPoint):
+    """A measured point of a run.
 
-    def points(group: str, only_ends: bool) -> list[tuple[float, float]]:
-        chosen = [run for name, _, _, run in runs if group in ("all runs", name)]
-        pairs = [
-            [(point.self_kl, point.prior_loss - run[0].prior_loss) for point in (run[-1:] if only_ends else run[1:])]
-            for run in chosen
-        ]
-        return list(chain.from_iterable(pairs))
+    Attributes:
+        run: Its name.
+        group: One of ``NAMES``.
+        forgetting: The rise of the prior loss since the first measurement.
+    """
+
+    run: str
+    group: str
+    forgetting: float
+
+
+def measure(lab: Lab) -> dict[str, list[WatchedPoint]]:
+    """Finetune in all ways."""
+    chosen = [
+        (group, name, seed, ARMS[name].run(lab, seed)) for seed in lab.seeds for group in NAMES for name in NAMES[group]
+    ]
+    chosen += [
+        ("without replay", f"learning rate {rate:g}", seed, lab.finetuning(seed, learning_rate=rate))
+        for seed in lab.seeds
+        for rate in RATES
+    ]
+    runs = [Watched(**{each.name: getattr(run, each.name) for each in fields(run)}) for *_, run in chosen]
+    points = [
+        WatchedPoint(run=name, group=group, forgetting=point.prior_loss - run[0].prior_loss, seed=seed, **vars(point))
+        for (group, name, seed, _), run in zip(chosen, lab.trajectories(runs), strict=True)
+        for point in run
+    ]
+    return {"self_forgetting": points}
+
+
+def report(points: Sequence[WatchedPoint]) -> Report:
+    """Correlate what the monitor sees without prior data with what real prior text shows."""
+    ends = list({(point.run, point.seed): point for point in points}.values())
+
+    def pairs(group: str, only_ends: bool) -> list[tuple[float, float]]:
+        measured = ends if only_ends else [point for point in points if point.step]
+        return [(point.self_kl, point.forgetting) for point in measured if group in ("all runs", point.group)]
 
     def correlations(group: str, only_ends: bool) -> tuple[str, str, str]:
-        pairs = torch.tensor(points(group, only_ends), dtype=torch.float64)
-        x, y = pairs.T
-        return str(len(pairs)), f"{float(pearson_corrcoef(x, y)):.3f}", f"{float(spearman_corrcoef(x, y)):.3f}"
+        x, y = torch.tensor(pairs(group, only_ends), dtype=torch.float64).T
+        return str(len(x)), f"{float(pearson_corrcoef(x, y)):.3f}", f"{float(spearman_corrcoef(x, y)):.3f}"
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
         for index, group in enumerate(NAMES):
-            x, y = zip(*points(group, True), strict=True)
+            x, y = zip(*pairs(group, True), strict=True)
             axis.scatter(x, y, s=14, color=Look.of(index).color, label=group, alpha=0.8)
         for scale in (axis.set_xscale, axis.set_yscale):
             scale("symlog", linthresh=0.01)
         for numbers in (axis.xaxis, axis.yaxis):
             plain_numbers(numbers)
         axis.set(
-            title=f"Ends of {len(runs)} runs: Spearman {correlations('all runs', True)[2]}",
+            title=f"Ends of {len(ends)} runs: Spearman {correlations('all runs', True)[2]}",
             xlabel="forgetting/self, nats a token",
             ylabel="forgetting on prior text, nats a token",
         )
         axis.legend(frameon=False)
 
-    errors = [run[-1].self_error / run[-1].self_kl for *_, run in runs]
+    errors = [end.self_error / end.self_kl for end in ends]
     _, pearson, spearman = correlations("all runs", True)
     return Report(
         claim="Forgetting can be measured without prior data",
-        experiment=f"The ends of {len(runs)} finetunings, {count(lab.seeds, 'seed')}: `forgetting/self` on "
-        f"{Watched.self_rows} samples of the model's own against the rise of the loss on held-out prior text",
+        experiment=f"The ends of {len(ends)} finetunings, {count((end.seed for end in ends), 'seed')}: "
+        f"`forgetting/self` on {Watched.self_rows} samples of the model's own against the rise of the loss on "
+        "held-out prior text",
         paper="not tried",
         ours=f"Pearson {pearson}, Spearman {spearman}; standard error of `forgetting/self` "
         f"{sorted(errors)[len(errors) // 2]:.1%} of it (median)",
@@ -91,30 +122,12 @@ def self_forgetting(lab: Lab) -> Report:
                 for group in ("all runs", *NAMES)
             ],
         ),
-        rows=[
-            {"run": name, "seed": seed, "forgetting": point.prior_loss - run[0].prior_loss, **vars(point)}
-            for _, name, seed, run in runs
-            for point in run
-        ],
         draw=draw,
         size=(6.0, 4.2),
     )
 
 
-def watched(lab: Lab) -> list[tuple[str, str, int, Trajectory]]:
-    """Group, name, seed and trajectory of every run."""
-    chosen = [
-        (group, name, seed, ARMS[name].run(lab, seed)) for seed in lab.seeds for group in NAMES for name in NAMES[group]
-    ]
-    chosen += [
-        ("without replay", f"learning rate {rate:g}", seed, lab.finetuning(seed, learning_rate=rate))
-        for seed in lab.seeds
-        for rate in RATES
-    ]
-    runs = [Watched(**{each.name: getattr(run, each.name) for each in fields(run)}) for *_, run in chosen]
-    measured = lab.trajectories(runs)
-    return [(group, name, seed, run) for (group, name, seed, _), run in zip(chosen, measured, strict=True)]
-
+SCRIPT = Script({"self_forgetting": WatchedPoint}, measure, report)
 
 if __name__ == "__main__":
-    main({"self_forgetting": self_forgetting}, __doc__)
+    main([SCRIPT], __doc__)
