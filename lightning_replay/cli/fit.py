@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
 from lightning_replay.cli.commands import COMMANDS
+from lightning_replay.cli.ending import ending
 from lightning_replay.cli.help import Help, brief
 from lightning_replay.cli.parsing import Parser
 from lightning_replay.data.chat import ChatDataModule
@@ -80,6 +81,11 @@ class _CommandLine(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there
         """The one that is run alone: the parser of each takes a while to make."""
         return {self._name: LightningCLI.subcommands()[self._name]}
+
+    def after_fit(self) -> None:
+        """Called by LightningCLI."""
+        if self.trainer.is_global_zero:
+            print(ending(self.trainer, self.model))
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

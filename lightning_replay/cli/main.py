@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         raise SystemExit(_INTERRUPTED) from None
-    except (*_told(), RuntimeError, TypeError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not isinstance(error, (*_told(), RuntimeError, TypeError)):
             raise
         print(reason(str(error)) or type(error).__name__, file=sys.stderr)
         if not isinstance(error, _told()):  # it may be no mistake of the user's
