@@ -15,7 +15,11 @@ __all__ = ["ending"]
 def ending(trainer: pl.Trainer, module: CausalLM) -> str:
     """The lines that end a fit, for its log."""
     return "\n".join(
-        [_forgotten(trainer), _learned(trainer), *(f"{what}: {where}" for what, where in _files(trainer, module))]
+        [
+            _forgotten(trainer),
+            _learned(trainer, module),
+            *(f"{what}: {where}" for what, where in _files(trainer, module)),
+        ]
     )
 
 
@@ -37,10 +41,11 @@ def _forgotten(trainer: pl.Trainer) -> str:
     return markdown(["set", "loss before", "loss after", "forgetting, nats a token"], rows)
 
 
-def _learned(trainer: pl.Trainer) -> str:
+def _learned(trainer: pl.Trainer, module: CausalLM) -> str:
     values, told = trainer.callback_metrics, {"val/loss": "on its held-out rows", "train/loss": "on the last batch"}
     losses = [f"{values[key]:.4f} {rows}" for key, rows in told.items() if key in values]
-    return f"New-task loss: {', '.join(losses) or 'no step was taken'}"
+    fell = [] if module.fall is None else ["fell in training by {:.2g} ± {:.2g}".format(*module.fall)]
+    return f"New-task loss: {', '.join(losses + fell) or 'no step was taken'}"
 
 
 def _files(trainer: pl.Trainer, module: CausalLM) -> Iterator[tuple[str, object]]:

@@ -25,7 +25,9 @@ class Parser(ArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         asked = getattr(ex, "subcommand_parser", None) or self
-        super().error(_hinted(message, asked._option_string_actions), ex)
+        if self.exit_on_error:  # else it is a parser of a part, and the message a part of another's
+            message = _hinted(message, asked._option_string_actions)
+        super().error(message, ex)
 
 
 def command_parser(
@@ -67,9 +69,10 @@ def reason(message: str) -> str:
     head, union, parts = message.partition("Does not validate against any of the Union")
     if not union:
         return message
-    said = (" ".join(part.split()) for part in re.split(r"\n\s*- ", parts.partition("\n  Given value")[0])[1:])
+    listed = re.split(r"\n\s*- ", re.sub(r"\n\s*Given value.*", "", parts))[1:]
+    said = (" ".join(part.split()) for part in listed)
     told = dict.fromkeys(part for part in said if not part.startswith(_OF_THE_PARSER))
-    return " ".join(head.split()) + (" " if head else "") + "\n".join(told) if told else message
+    return "\n".join(dict.fromkeys([head.strip(), *told])).strip() if told else message
 
 
 _OF_THE_PARSER = (

@@ -42,8 +42,8 @@ class CausalLM(pl.LightningModule):
     Args:
         model: A name on the Hugging Face hub, a local folder, or a model.
         learning_rate: Peak learning rate. The default is common for models of billions of parameters; small models and
-            adapters take 1e-4 to 1e-3. If the training loss has not fallen by more than its noise at the end of a fit,
-            two standard errors of a straight line over the logarithm of the steps, a warning says so.
+            adapters take 1e-4 to 1e-3. A fit whose loss has not fallen by more than its noise ends with a warning; see
+            ``fall``.
         betas: AdamW's decay rates of the running averages of the gradient and its square.
         weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
         warmup_steps: Optimizer steps in which the learning rate rises from zero.
@@ -154,7 +154,6 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        # What is left of a resumed run may be its level end.
         self._trend = None if self.trainer.global_step else Trend()
 
     @override
@@ -164,16 +163,24 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        trend, self._trend, self._last_loss = self._trend, None, None
-        if trend is None or trend.steps < _FEWEST:
-            return
-        fall, error = trend.fall()
-        if fall <= 2 * error:
+        if self.fall is not None and self.fall[0] <= self.fall[1]:
             rank_zero_warn(
-                f"The training loss has not clearly fallen: by {fall:.2g} ± {2 * error:.2g} nats a token in "
-                f"{trend.steps} batches at a learning rate of {self.learning_rate:g}. If the model should have learned "
-                "more, use a higher `learning_rate` or more steps."
+                f"The training loss has not clearly fallen: by {self.fall[0]:.2g} ± {self.fall[1]:.2g} nats a token at "
+                f"a learning rate of {self.learning_rate:g}. If the model should have learned more, use a higher "
+                "`learning_rate` or more steps."
             )
+
+    @property
+    def fall(self) -> tuple[float, float] | None:
+        """By how much the training loss fell in the last fit, in nats a token, and two standard errors.
+
+        By a straight line over the logarithm of the steps. None if there were fewer than 16 batches, or if the fit was
+        resumed: what is left of it may be its level end.
+        """
+        if self._trend is None or self._trend.steps < _FEWEST:
+            return None
+        fall, error = self._trend.fall()
+        return fall, 2 * error
 
     @override
     def on_fit_start(self) -> None:

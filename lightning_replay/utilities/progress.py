@@ -37,14 +37,15 @@ class ProgressLines:
         self._stream = stream
         self._next = time.monotonic() + EVERY
 
-    def __call__(self, line: Callable[[], str]) -> None:
+    def __call__(self, line: Callable[[], str], due: bool = False) -> None:
         """Print a line if it is time for one.
 
         Args:
             line: Returns the line.
+            due: Whether it is time for it anyway.
         """
         now = time.monotonic()
-        if now >= self._next and not self._stream.isatty():
+        if (due or now >= self._next) and not self._stream.isatty():
             self._next = now + EVERY
             print(line(), file=self._stream, flush=True)
 

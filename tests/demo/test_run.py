@@ -67,6 +67,19 @@ def learned_quickly(steps: int | None) -> list[demo.Run]:
     return list(demo.learn_sequence({"one": None, "two": None}, 0, Console(file=io.StringIO()), steps).values())
 
 
+def test_each_line_of_the_progress_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "LEARNED", 0.0)
+    monkeypatch.setattr(demo, "COOLDOWN_STEPS", 10)
+    demo.learn_sequence({"one": None}, 0, Console(), 5)
+    lines = capsys.readouterr().out.splitlines()
+    task = demo.MEASURE_EVERY + 10
+    ends = [f"all            1/4 reverse  ended after {task} steps: "]
+    ends += [f"one            {place}/4 {name:<8} ended after 5 steps: " for place, name in enumerate(TASKS, 1)][1:]
+    assert [line[: line.index(":") + 2] for line in lines] == ends
+
+
 def test_training_ends_after_the_cooldown_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "LEARNED", 0.0)  # so each task is learned at the first measurement
     monkeypatch.setattr(demo, "COOLDOWN_STEPS", 10)
@@ -94,7 +107,9 @@ def test_a_task_that_is_not_learned_is_an_error(
     try:
         with pytest.raises(SystemExit, match="1"):
             main(["demo", "--output", str(tmp_path)])
-        assert "has not learned the task 'reverse' (all) in 5 steps: it answers 0.0%" in capsys.readouterr().err
+        (said,) = capsys.readouterr().err.splitlines()[-1:]
+        assert said.startswith("The model has not learned the task 'reverse' (all) in 5 steps: it answers 0.0%")
+        assert said.endswith("Try another seed than 0.")  # a traceback would not help
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
