@@ -28,5 +28,6 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
     settings = settings_of(parser, given)
     from lightning_replay.report.page import report  # its packages are an extra, and its help needs none of them
 
+    replaced = (settings["output"] / "report.html").exists()
     page, *pictures = report(settings["runs"], settings["output"], settings["new_loss"])
-    print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+    print(f"{'Replaced' if replaced else 'Wrote'} {page} and {len(pictures)} pictures beside it.")

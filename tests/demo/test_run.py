@@ -46,7 +46,7 @@ def test_the_command_tells_its_version_and_its_commands(capsys: pytest.CaptureFi
 
 def test_without_its_extra_the_demo_names_the_command_that_installs_it() -> None:
     code = (
-        "import sys; from lightning_replay.cli import main; sys.modules['matplotlib'] = None\n"
+        "import sys, torchmetrics; from lightning_replay.cli import main; sys.modules['matplotlib'] = None\n"
         "main(['demo', '--output', '/nonexistent'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
