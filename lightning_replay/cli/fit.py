@@ -46,7 +46,7 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
     """
     # `${model.model}` refers to the config that it is in, although this is one subcommand's part of all settings.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    name = arguments[0]
+    name, formatter = arguments[0], Help if full_help else brief(SHOWN)
     _CommandLine(
         name,
         model_class=CausalLM,
@@ -55,11 +55,12 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "prog": "lightning-replay",
-            "formatter_class": Help if full_help else brief(SHOWN),  # subcommands take it over
+            "formatter_class": formatter,  # newer releases of jsonargparse give it to commands
             name: {
                 "usage": f"lightning-replay {name} [--config FILE] [--SETTING VALUE ...]",
                 "description": f"{COMMANDS[name].summary}\n{_EXAMPLE.format(name=name)}",
                 "epilog": _MORE.format(name=name),
+                "formatter_class": formatter,
             },
         },
         seed_everything_default=0,

@@ -89,7 +89,7 @@ _OF_THE_PARSER = (
 def _hinted(message: str, options: Iterable[str]) -> str:
     """The parser's message, and what may have been meant."""
     message, meant = reason(message), []
-    if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+    if found := re.match(r"[Uu]nrecognized arguments: (.*)", message, re.DOTALL):
         known = [option for option in options if option.startswith("--") and not option.endswith("+")]
         for part in found[1].split():
             meant += _meant(part.partition("=")[0], known) if part.startswith("--") else []
