@@ -36,7 +36,7 @@ from lightning_replay.references.reference import Reference, ReferenceName, refe
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.utilities.distributed import check_strategy
-from lightning_replay.utilities.logging import log_hparams, plain
+from lightning_replay.utilities.logging import log_hparams, log_verdict, next_step, plain
 from lightning_replay.utilities.validation import check_choice, check_package
 
 __all__ = ["SelfGeneratedReplay"]
@@ -357,7 +357,9 @@ class SelfGeneratedReplay(Callback):
             )
         rank_zero_info(f"{line}; monitoring took {self.monitoring_seconds / total:.1%}.")
         if self.step.budget is not None:
-            rank_zero_info(self.step.budget.summary())
+            summary = self.step.budget.summary()
+            rank_zero_info(summary)
+            log_verdict(trainer, summary, next_step(trainer))
 
     @override
     def on_save_checkpoint(

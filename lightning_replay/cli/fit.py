@@ -9,20 +9,17 @@ from typing_extensions import override
 
 from lightning_replay.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
+from lightning_replay.cli.commands import COMMANDS
+from lightning_replay.cli.ending import ending
 from lightning_replay.cli.help import Help, brief
+from lightning_replay.cli.parsing import Parser
 from lightning_replay.data.chat import ChatDataModule
 from lightning_replay.data.replay import ReplayDataModule
 from lightning_replay.data.text import TextDataModule
 from lightning_replay.models.causal_lm import CausalLM
 
-__all__ = ["COMMANDS", "KNOWN", "run"]
+__all__ = ["KNOWN", "SHOWN", "run"]
 
-COMMANDS = {
-    "fit": "Finetune a model with replay, as a config file describes.",
-    "validate": "Measure a model on the held-out rows of the data.",
-    "test": "Measure a model on the test rows.",
-    "predict": "Compute the loss of each row, for callbacks that write predictions.",
-}
 KNOWN = (SelfGeneratedReplay, ForgettingMonitor, TextDataModule, ChatDataModule)
 """Classes whose name suffices in ``--data.data.help=NAME`` and the like: those that have been imported."""
 _EXAMPLE = "Example: lightning-replay {name} --config examples/configs/text.yaml --model.model DIR_OR_HUB_NAME"
@@ -31,7 +28,7 @@ _MORE = (
     "Those of a callback, a datamodule or a loss: --trainer.callbacks.help=SelfGeneratedReplay, "
     "--data.data.help=TextDataModule, --trainer.callbacks.loss.help=KL and so on."
 )
-_SHOWN = (
+SHOWN = (
     *("help", "config", "print_config", "ckpt_path"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.devices", "trainer.callbacks", "trainer.logger"),
     *("model.model", "model.learning_rate", "model.adapter", "model.save_to"),
@@ -41,7 +38,7 @@ _SHOWN = (
 
 
 def run(arguments: Sequence[str], full_help: bool = False) -> None:
-    """Run one of the ``COMMANDS``.
+    """Run a command that trains or measures.
 
     Args:
         arguments: The command and its options, as in ``["fit", "--config", "run.yaml"]``.
@@ -49,20 +46,21 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
     """
     # `${model.model}` refers to the config that it is in, although this is one subcommand's part of all settings.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    name, formatter = arguments[0], Help if full_help else brief(SHOWN)
     _CommandLine(
-        CausalLM,
-        ReplayDataModule,
+        name,
+        model_class=CausalLM,
+        datamodule_class=ReplayDataModule,
+        parser_class=_Parser,
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "prog": "lightning-replay",
-            "formatter_class": Help if full_help else brief(_SHOWN),  # subcommands take it over
-            **{
-                name: {
-                    "usage": f"lightning-replay {name} [--config FILE] [--SETTING VALUE ...]",
-                    "description": f"{what}\n{_EXAMPLE.format(name=name)}",
-                    "epilog": _MORE.format(name=name),
-                }
-                for name, what in COMMANDS.items()
+            "formatter_class": formatter,  # newer releases of jsonargparse give it to commands
+            name: {
+                "usage": f"lightning-replay {name} [--config FILE] [--SETTING VALUE ...]",
+                "description": f"{COMMANDS[name].summary}\n{_EXAMPLE.format(name=name)}",
+                "epilog": _MORE.format(name=name),
+                "formatter_class": formatter,
             },
         },
         seed_everything_default=0,
@@ -71,7 +69,25 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
     )
 
 
+class _Parser(Parser, LightningArgumentParser):
+    pass
+
+
 class _CommandLine(LightningCLI):
+    def __init__(self, name: str, **settings: Any) -> None:
+        self._name = name
+        super().__init__(**settings)
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there
+        """The one that is run alone: the parser of each takes a while to make."""
+        return {self._name: LightningCLI.subcommands()[self._name]}
+
+    def after_fit(self) -> None:
+        """Called by LightningCLI."""
+        if self.trainer.is_global_zero:
+            print(ending(self.trainer, self.model))
+
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**{"parser_mode": "omegaconf+"} | kwargs)

@@ -8,7 +8,6 @@ It uses the public API, as a script of a user does. Each task is trained until i
 import copy
 import json
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +73,7 @@ COOLDOWN_STEPS = 50
 MEASURE_EVERY = 25
 
 
-class NotLearnedError(RuntimeError):
+class NotLearnedError(ValueError):
     """A task was not learned in ``STEPS_AT_MOST`` steps, so that its later accuracy would show nothing."""
 
 
@@ -159,16 +158,20 @@ class _TaskAccuracy(Callback):
         self.run.ends.append(self.run.steps[-1])
         self.run.matrix.append([curve[-1] for curve in self.run.curves.values()])
         self.progress.update(self.bar, completed=trainer.max_steps)
+        self.lines(lambda: f"{self.label} ended after {trainer.global_step} steps: {self._shown()}", due=True)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[float]:
         accuracies = [self._accuracy(pl_module, rows) for rows in self.problems.values()]
         self.run.steps.append(self.first_step + trainer.global_step)
         for curve, accuracy in zip(self.run.curves.values(), accuracies, strict=True):
             curve.append(accuracy)
-        shown = "  ".join(f"{task} {accuracy:4.0%}" for task, accuracy in zip(TASKS, accuracies, strict=True))
-        self.progress.update(self.bar, accuracy=shown)
-        self.lines(lambda: f"{self.label} step {trainer.global_step}: {shown}")
+        self.progress.update(self.bar, accuracy=self._shown())
+        self.lines(lambda: f"{self.label} step {trainer.global_step}: {self._shown()}")
         return accuracies
+
+    def _shown(self) -> str:
+        """The last measurement."""
+        return "  ".join(f"{task} {curve[-1]:4.0%}" for task, curve in self.run.curves.items())
 
     def _accuracy(self, pl_module: pl.LightningModule, rows: torch.Tensor) -> float:
         """Greedy decoding is right exactly if each token of the answer is the likeliest one after those before it."""
@@ -236,7 +239,7 @@ def learn_sequence(
     Raises:
         NotLearnedError: If a task that is trained until it is learned is not, in ``STEPS_AT_MOST`` steps.
     """
-    tasks, runs, lines = list(TASKS), {}, ProgressLines(sys.stdout)
+    tasks, runs, lines = list(TASKS), {}, ProgressLines(console.file)
     with _one_thread(), quiet_lightning(), _bars(console) as progress:
         pl.seed_everything(seed)
         shared = Run()
@@ -339,6 +342,7 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.fields[accuracy]}"),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.file.isatty(),  # which has lines instead
     )
 
 

@@ -29,6 +29,7 @@ from lightning_replay.references.models import ReferenceModel
 from lightning_replay.references.own import check_same_tokens
 from lightning_replay.sampling.rows import RowGenerator
 from lightning_replay.sampling.sampling import Sampling
+from lightning_replay.utilities.tables import markdown
 from lightning_replay.utilities.validation import is_number, is_whole
 
 __all__ = ["Interpolation", "InterpolationPoint", "interpolate"]
@@ -72,14 +73,13 @@ class Interpolation:
     def table(self) -> str:
         """A line for each weight, in Markdown; the chosen one is marked."""
         sets = list(self.points[0].forgetting)
-        lines = [["weight", "new-task loss", *(f"forgetting/{name}" for name in sets)]]
-        lines.append(["---"] * len(lines[0]))
+        rows = []
         for point in self.points:
             errors = {_SELF: f" ± {point.forgetting_error:.4f}"}
             cells = [f"{point.forgetting[name]:+.4f}{errors.get(name, '')}" for name in sets]
             mark = " (chosen)" if point.weight == self.chosen else ""
-            lines.append([f"{point.weight:g}{mark}", f"{point.new_loss:.4f}", *cells])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows.append([f"{point.weight:g}{mark}", f"{point.new_loss:.4f}", *cells])
+        return markdown(["weight", "new-task loss", *(f"forgetting/{name}" for name in sets)], rows)
 
     def plot(self, path: str | Path) -> None:
         """Draw forgetting against the new-task loss, a curve for each prior set.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,12 +20,16 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from typing_extensions import override
 
 from lightning_replay.models.language_model import is_adapted
+from lightning_replay.models.trend import Trend
 from lightning_replay.utilities.distributed import is_sharded
 from lightning_replay.utilities.validation import check_choice, check_model_folder, is_number, is_whole
 
 __all__ = ["CausalLM", "try_saving"]
 
 Schedule = Literal["cosine", "constant"]
+
+_FEWEST = 16
+"""Batches that say whether the loss has fallen."""
 
 
 class CausalLM(pl.LightningModule):
@@ -36,7 +41,9 @@ class CausalLM(pl.LightningModule):
 
     Args:
         model: A name on the Hugging Face hub, a local folder, or a model.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate. The default is common for models of billions of parameters; small models and
+            adapters take 1e-4 to 1e-3. A fit whose loss has not fallen by more than its noise ends with a warning; see
+            ``fall``.
         betas: AdamW's decay rates of the running averages of the gradient and its square.
         weight_decay: AdamW's, on matrices alone; biases and norms are not decayed.
         warmup_steps: Optimizer steps in which the learning rate rises from zero.
@@ -114,6 +121,8 @@ class CausalLM(pl.LightningModule):
             model = _adapted(model, adapter)
         if save_to is not None and not hasattr(model, "save_pretrained"):
             raise TypeError(f"`save_to` saves models of transformers and PEFT; got {type(model).__name__}.")
+        self._trend: Trend | None = None
+        self._last_loss: Tensor | None = None
         self.model: torch.nn.Module = model.train()  # `from_pretrained` leaves it in evaluation mode
 
     @override
@@ -124,6 +133,7 @@ class CausalLM(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
+        self._last_loss = loss.detach()
         return loss
 
     @override
@@ -141,6 +151,36 @@ class CausalLM(pl.LightningModule):
         labels = batch["labels"][:, 1:]
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return losses.sum(1) / (labels != -100).sum(1)
+
+    @override
+    def on_train_start(self) -> None:
+        self._trend = None if self.trainer.global_step else Trend()
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._trend is not None and self._last_loss is not None:
+            self._trend.add(self._last_loss)
+
+    @override
+    def on_train_end(self) -> None:
+        if self.fall is not None and self.fall[0] <= self.fall[1]:
+            rank_zero_warn(
+                f"The training loss has not clearly fallen: by {self.fall[0]:.2g} ± {self.fall[1]:.2g} nats a token at "
+                f"a learning rate of {self.learning_rate:g}. If the model should have learned more, use a higher "
+                "`learning_rate` or more steps."
+            )
+
+    @property
+    def fall(self) -> tuple[float, float] | None:
+        """By how much the training loss fell in the last fit, in nats a token, and two standard errors.
+
+        By a straight line over the logarithm of the steps. None if there were fewer than 16 batches, or if the fit was
+        resumed: what is left of it may be its level end.
+        """
+        if self._trend is None or self._trend.steps < _FEWEST:
+            return None
+        fall, error = self._trend.fall()
+        return fall, 2 * error
 
     @override
     def on_fit_start(self) -> None:

@@ -49,6 +49,10 @@ QUALITY = {
 """Titles of the pictures of ``replay/quality/``, by measure."""
 
 
+_MADE_BY = "Made by lightning-replay"
+"""How the last line of a page begins."""
+
+
 @dataclass
 class _Section:
     """A part of the page.
@@ -91,6 +95,7 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     Raises:
         NothingToReportError: If a folder is missing, no run made with the callbacks is found, or ``new_loss`` is
             in no log.
+        FileExistsError: If there is a ``report.html`` that this function has not written.
         ModuleNotFoundError: If there are TensorBoard logs and ``tensorboard`` is not installed, or runs of Weights &
             Biases and ``wandb`` is not.
     """
@@ -98,6 +103,9 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
     runs = joined(fits)
     new_loss = _new_loss(runs, new_loss)
     sets = sorted({name for run in runs for name in run.prior_sets})
+    path = output / "report.html"
+    if path.exists() and _MADE_BY not in path.read_text("utf-8", errors="replace"):
+        raise FileExistsError(f"{path} is no page of this command, which would replace it. Give another `--output`.")
     output.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(output, {run.name: Look.of(index) for index, run in enumerate(runs)})
     benchmarks = sorted({name for run in runs for name in run.benchmarks})
@@ -109,7 +117,8 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
         notes.append(f"Left out, because they have no values of the callbacks: {', '.join(left_out)}.")
     matrices = {run.name: matrix for run in runs if (matrix := matrix_of(run)) is not None}
     page = _template().render(
-        version=__version__,
+        made_by=f"{_MADE_BY} {__version__}.",
+        verdicts={fit.name: _last(fit.verdicts) for run in runs for fit in (run.fits or [run]) if fit.verdicts},
         runs=runs,
         looks=pictures.looks,
         final=final_figures(runs, sets, new_loss, SECONDS, matrices),
@@ -119,7 +128,6 @@ def report(folders: Sequence[Path], output: Path, new_loss: str | None = None) -
         samples={run.name: _first_and_last(run.samples) for run in runs if run.samples},
         notes=notes,
     )
-    path = output / "report.html"
     path.write_text(page, encoding="utf-8")
     return [path, *pictures.written]
 
@@ -286,6 +294,10 @@ def _not_in(key: str, names: Sequence[str], runs: Sequence[RunLog]) -> list[str]
 
 def _first_and_last(samples: Mapping[int, list[str]]) -> dict[int, list[str]]:
     return {step: samples[step] for step in (min(samples), max(samples))}
+
+
+def _last(texts: Mapping[int, list[str]]) -> str:
+    return " ".join(texts[max(texts)])
 
 
 def _template() -> jinja2.Template:

@@ -9,10 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from lightning_replay.report.trackers import (
     MLFLOW,
+    MLFLOW_DATABASE,
     WANDB,
     Tracked,
+    is_mlflow_database,
     is_mlflow_run,
     read_mlflow,
+    read_mlflow_database,
     read_wandb,
     unfenced,
 )
@@ -36,7 +39,9 @@ _MONITOR_KEYS = (
 BENCHMARK_SECONDS = "benchmark/seconds"
 """The only key of ``BenchmarkMonitor`` that belongs to no benchmark."""
 _CALLBACK_KEYS = (*_MONITOR_KEYS, "benchmark/", "replay/")
-_SAMPLES = "replay/samples/text_summary"
+_SAMPLES, _VERDICT = "replay/samples/text_summary", "replay/verdict/text_summary"
+_VERDICT_FILE = "replay_verdict.txt"
+"""Beside a CSV file, which holds no text."""
 
 
 class NothingToReportError(ValueError):
@@ -52,6 +57,7 @@ class RunLog:
             that name stands for the folder's.
         values: The value at each step, by key; steps in ascending order.
         samples: The previews of each refill, by step.
+        verdicts: How each fit with a budget ended, by step.
         notes: Parts of the logs that were left out.
         fits: If the run is a sequence of fits, what each of them logged.
     """
@@ -59,6 +65,7 @@ class RunLog:
     name: str
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     samples: dict[int, list[str]] = field(default_factory=dict)
+    verdicts: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fits: "list[RunLog]" = field(default_factory=list)
 
@@ -104,7 +111,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
 
     Each folder with a ``metrics.csv`` or TensorBoard's event files is a run. If it has both, they are merged; at the
     same step the CSV file takes precedence, because it has all digits. So is each run's folder of Weights & Biases,
-    offline or not, and of MLflow's file store.
+    offline or not, and of MLflow's file store, and each run in MLflow's SQLite database.
 
     Args:
         folders: The folders to search.
@@ -125,14 +132,21 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
     patterns = (_CSV, _EVENTS, WANDB, MLFLOW)
     logs = {log for root in roots for pattern in patterns for log in root.rglob(pattern)}
     found = {log.parent for log in logs if log.name != MLFLOW or is_mlflow_run(log.parent)}
+    databases = {path for root in roots for path in root.rglob(MLFLOW_DATABASE) if is_mlflow_database(path)}
     given = ", ".join(map(str, folders))
-    if not found:
+    if not found and not databases:
         raise NothingToReportError(
-            f"No logs in {given} or below: a run's folder holds `{_CSV}`, `{_EVENTS}`, `{WANDB}` or, in MLflow's file "
-            f"store, `{MLFLOW}`. Train with a logger that writes one of them and give the folder that it writes to."
+            f"No logs in {given} or below: a run's folder holds `{_CSV}`, `{_EVENTS}`, `{WANDB}` or, in MLflow's "
+            f"stores, `{MLFLOW}` or `mlflow.db`. Train with a logger that writes one of them and give the folder that "
+            "it writes to."
         )
     common = Path(os.path.commonpath(roots))
-    runs = _titled([_read_run(folder, common) for folder in sorted(found, key=_natural)])
+    read = [_read_run(folder, common) for folder in sorted(found, key=_natural)]
+    for database in sorted(databases, key=_natural):
+        for run, tracked in read_mlflow_database(database).items():
+            log = RunLog((database.parent.relative_to(common) / run).as_posix())
+            read.append((log, _add_tracked(log, tracked)))
+    runs = _titled(read)
     known = [run for run in runs if any(key.startswith(_CALLBACK_KEYS) for key in run.values)]
     if not known:
         keys = sorted({key for run in runs for key in run.values})
@@ -159,6 +173,8 @@ def _read_run(folder: Path, common: Path) -> tuple[RunLog, str]:
         _read_events(folder, run)
     if (folder / _CSV).exists():
         _read_csv(folder / _CSV, run)
+    if (folder / _VERDICT_FILE).exists():
+        run.verdicts[run.steps] = [(folder / _VERDICT_FILE).read_text("utf-8").strip()]
     return run, title
 
 
@@ -167,6 +183,7 @@ def _add_tracked(run: RunLog, tracked: Tracked) -> str:
     for key, series in tracked.values.items():
         run.add(key, series.items())
     run.samples |= tracked.samples
+    run.verdicts |= tracked.verdicts
     if not tracked.is_whole:
         run.notes.append(f"The log in {run.name} is cut off; what it holds up to there is shown.")
     return tracked.title
@@ -221,6 +238,6 @@ def _read_events(folder: Path, run: RunLog) -> None:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     for key in events.Tags()["scalars"]:
         run.add(key, ((event.step, event.value) for event in events.Scalars(key)))
-    if _SAMPLES in events.Tags()["tensors"]:
-        for event in events.Tensors(_SAMPLES):
-            run.samples[event.step] = unfenced(event.tensor_proto.string_val[0].decode(errors="replace"))
+    for key, texts in {_SAMPLES: run.samples, _VERDICT: run.verdicts}.items():
+        for event in events.Tensors(key) if key in events.Tags()["tensors"] else ():
+            texts[event.step] = unfenced(event.tensor_proto.string_val[0].decode(errors="replace"))

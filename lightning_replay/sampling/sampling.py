@@ -63,11 +63,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         truncation(self.temperature, self.top_k, self.top_p, self.min_p)
-        prompts = self.prompts
-        if isinstance(prompts, str) and prompts != "chat":
-            raise ValueError(f"`prompts` is 'chat' or a list of texts or of lists of token ids; got {prompts!r}.")
-        if prompts is not None and not (_is_filled(prompts) and all(map(_is_filled, prompts))):
-            raise ValueError(f"`prompts` is a list of at least one prompt, none of them empty; got {prompts!r}.")
+        _check_prompts(self.prompts)
         check_choice("targets", self.targets, Targets)
         if self.targets == "answer" and not self.is_chat:
             raise ValueError(
@@ -102,6 +98,22 @@ class Sampling:
     def changed(self) -> list[str]:
         """Names of the settings that are not at their defaults."""
         return [field.name for field in fields(self) if not _is_default(getattr(self, field.name), field.default)]
+
+
+def _check_prompts(prompts: Any) -> None:
+    if prompts is None or (isinstance(prompts, str) and prompts == "chat"):
+        return
+    if not isinstance(prompts, str) and _is_filled(prompts) and all(map(_is_filled, prompts)):
+        return
+    advice = ""
+    if isinstance(prompts, str):
+        advice = f" For one prompt, pass [{prompts!r}]."
+    elif _is_filled(prompts) and all(is_whole(each, 0) for each in prompts):
+        advice = f" For one prompt of these token ids, pass [{list(prompts)}]."
+    raise ValueError(
+        "`prompts` is 'chat' or a list of at least one prompt, none of them empty: of texts, as ['Once upon a time'], "
+        f"or of lists of token ids, as [[1, 15], [1, 20]]; got {prompts!r}.{advice}"
+    )
 
 
 def _is_filled(values: Any) -> bool:

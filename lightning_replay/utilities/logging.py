@@ -5,9 +5,10 @@ from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 __all__ = [
@@ -17,13 +18,14 @@ __all__ = [
     "log_hparams",
     "log_samples",
     "log_values",
+    "log_verdict",
     "next_step",
     "plain",
     "publish",
     "undecodable_share",
 ]
 
-_SAMPLES = "replay/samples"
+_SAMPLES, _VERDICT = "replay/samples", "replay/verdict"
 _DECODING_ERRORS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 """What tokenizers raise for ids that they don't have. Those in Rust may also panic; see ``_is_decoding_error``."""
 
@@ -66,14 +68,27 @@ def publish(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
 
 def log_samples(trainer: pl.Trainer, texts: Sequence[str], step: int) -> None:
     """Write samples to loggers that store text: TensorBoard, Weights & Biases as a table, MLflow as a file."""
-    fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
     for logger in trainer.loggers if texts else ():
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(_SAMPLES, fenced, step)
-        elif isinstance(logger, WandbLogger):
-            logger.log_text(_SAMPLES, columns=["sample"], data=[[text] for text in texts], step=step)
-        elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_text(logger.run_id, fenced, f"{_SAMPLES}/step-{step:08d}.md")
+        _log_texts(logger, _SAMPLES, texts, step)
+
+
+def log_verdict(trainer: pl.Trainer, sentence: str, step: int) -> None:
+    """Write the end of a run with a budget to the same loggers, and to a file beside the CSV file of ``CSVLogger``."""
+    for logger in trainer.loggers:
+        _log_texts(logger, _VERDICT, [sentence], step)
+        if isinstance(logger, CSVLogger) and trainer.is_global_zero:
+            with fsspec.open(f"{logger.log_dir}/{_VERDICT.replace('/', '_')}.txt", "w", encoding="utf-8") as file:
+                file.write(f"{sentence}\n")
+
+
+def _log_texts(logger: Logger, key: str, texts: Sequence[str], step: int) -> None:
+    fenced = "\n\n".join(f"```\n{text}\n```" for text in texts)
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(key, fenced, step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_text(key, columns=[key.rpartition("/")[2]], data=[[text] for text in texts], step=step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_text(logger.run_id, fenced, f"{key}/step-{step:08d}.md")
 
 
 def decoded(sample: Sequence[int], tokenizer: Any, known: Collection[int] | None = None) -> str:

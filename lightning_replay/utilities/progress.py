@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import IO, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
@@ -24,7 +24,7 @@ class ProgressLines:
     """Prints a line every ``EVERY`` seconds, unless to a terminal, which has a bar instead.
 
     Args:
-        stream: Where the bar is drawn, and the lines are printed; ``sys.stdout`` or ``sys.stderr``.
+        stream: Where the bar is drawn, and the lines are printed, such as ``sys.stdout``.
 
     Example:
         >>> import sys
@@ -33,18 +33,19 @@ class ProgressLines:
         ...     lines(lambda: f"step {step}")
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._next = time.monotonic() + EVERY
 
-    def __call__(self, line: Callable[[], str]) -> None:
+    def __call__(self, line: Callable[[], str], due: bool = False) -> None:
         """Print a line if it is time for one.
 
         Args:
             line: Returns the line.
+            due: Whether it is time for it anyway.
         """
         now = time.monotonic()
-        if now >= self._next and not self._stream.isatty():
+        if (due or now >= self._next) and not self._stream.isatty():
             self._next = now + EVERY
             print(line(), file=self._stream, flush=True)
 

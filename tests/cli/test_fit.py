@@ -115,6 +115,42 @@ def test_a_config_of_text_replays_and_measures(workplace: Path) -> None:
     assert (workplace / "logs" / "lightning_logs" / "version_0" / "config.yaml").is_file()
 
 
+def test_a_fit_ends_with_what_was_learned_and_forgotten_and_where_its_files_are(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(fit("text.yaml", "--trainer.callbacks.self_rows=4", "--model.save_to=finetuned"))
+    values, folder = logged(workplace), workplace / "logs" / "lightning_logs" / "version_0"
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    rows = []
+    for name in ("stories", "self"):
+        error = f" ± {values['forgetting_error/self'][-1]:.4f}" if name == "self" else ""
+        losses = " | ".join(f"{values[f'prior_loss/{name}'][place]:.4f}" for place in (0, -1))
+        rows.append(f"| {name} | {losses} | {values[f'forgetting/{name}'][-1]:+.4f}{error} |")
+    assert capsys.readouterr().out.splitlines()[-8:] == [
+        "| set | loss before | loss after | forgetting, nats a token |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        f"New-task loss: {values['val/loss'][-1]:.4f} on its held-out rows, {values['train/loss'][-1]:.4f} on the last "
+        "batch",
+        "Logs: logs/lightning_logs/version_0",
+        f"Checkpoint: {checkpoint.relative_to(workplace)}",
+        "Model: finetuned",
+    ]
+    assert values["forgetting/stories"][-1] == pytest.approx(
+        values["prior_loss/stories"][-1] - values["prior_loss/stories"][0], abs=1e-6
+    )
+
+
+def test_a_fit_without_a_monitor_says_that_forgetting_was_not_measured(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((CONFIGS / "text.yaml").read_text())
+    del config["trainer"]["callbacks"][1]
+    (workplace / "own.yaml").write_text(yaml.safe_dump(config))
+    main(fit(str(workplace / "own.yaml")))
+    assert "Forgetting was not measured. Add a ForgettingMonitor" in capsys.readouterr().out
+
+
 def test_a_config_of_lora_trains_the_adapter_and_saves_the_merged_model(workplace: Path) -> None:
     main(fit("lora.yaml", "--model.adapter.r=2"))
     trained, before = weights_after(workplace, 0), load_file("model/model.safetensors")

@@ -1,3 +1,4 @@
+import ast
 import importlib
 import subprocess
 import sys
@@ -6,12 +7,13 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+import lightning_replay
 from lightning_replay.cli import fit
+from lightning_replay.cli.commands import COMMANDS
 from lightning_replay.cli.main import main
 from lightning_replay.report.run_logs import NothingToReportError
 
 cli = importlib.import_module("lightning_replay.cli.main")  # the package has a function of the same name
-COMMANDS = ("demo", "report", "generate", "interpolate", *fit.COMMANDS)
 
 
 def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -32,9 +34,10 @@ def test_the_help_fits_a_screen_and_names_an_example(
 
 
 def test_the_brief_help_holds_each_setting_that_is_chosen_for_it(capsys: pytest.CaptureFixture[str]) -> None:
-    said = " ".join(help_of(command, "--help", capsys=capsys) for command in COMMANDS).split()
-    for name in (*fit._SHOWN, *cli._SHOWN):
-        assert f"--{name}" in said or name == "runs", name
+    for name, command in COMMANDS.items():
+        said = help_of(name, "--help", capsys=capsys).replace(",", " ").split()
+        for setting in importlib.import_module(f"lightning_replay.cli.{command.module}").SHOWN:
+            assert f"--{setting}" in said or setting == "runs", (name, setting)
 
 
 def test_the_full_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +92,69 @@ def test_a_wrong_argument_is_named_in_a_few_lines(
     assert error.count("\n") <= 8
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["demo", "--sed", "3"], "--seed"),
+        (["demo", "--see", "3"], "--seed"),  # by a part of its name
+        (["report", "x", "--new-loss=y"], "--new_loss"),
+        (["generate", "--mod", "m", "--rows", "4", "--output", "o"], "--model"),
+        (["generate", "--model", "m", "--rows", "4", "--sampling.temp", "2"], "--sampling.temperature"),
+        (["fit", "--model.model=m", "--trainer.max_s=3"], "--trainer.max_steps"),
+        (["fit", "--model.learning_rat=3", "--data.replay_frac=0"], "--model.learning_rate or --data.replay_fraction"),
+        (["fit", "--trainer.callbacks=SelfGeneratedReplay", "--trainer.callbacks.coeficient=3"], "coefficient"),
+        (["fit", "--model.model=m", "--data.data=TextDataModule", "--data.data.sequence_len=8"], "sequence_length"),
+        (["--vers"], "--version"),
+        (["dmeo"], "demo"),
+    ],
+)
+def test_a_name_that_is_unknown_or_cut_is_refused_with_the_one_that_may_be_meant(
+    arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.endswith(f". Did you mean {meant}?\n")
+
+
+def test_no_name_is_proposed_that_is_unlike_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--model", "m", "--rows", "4", "--output", "o", "--sampling.heat", "2"])
+    assert capsys.readouterr().err.endswith("nrecognized arguments: --sampling.heat 2\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "Example: lightning-replay demo"),
+        (["--version"], 0, f"lightning-replay {lightning_replay.__version__}"),
+        (["dmeo"], 2, "Did you mean demo?"),
+        (["demo", "--help"], 0, "--seed"),
+        (["report", "--help"], 0, "--new_loss"),
+        (["report", "--runs"], 2, "nrecognized arguments: --runs"),
+    ],
+)
+def test_what_needs_no_model_is_told_without_importing_torch(arguments: list[str], code: int, said: str) -> None:
+    source = (
+        "import sys\n"
+        "for name in ('torch', 'lightning', 'transformers', 'datasets', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"  # so that importing it is an error
+        "from lightning_replay.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+def test_every_public_name_is_the_one_that_a_type_checker_sees() -> None:
+    tree = ast.parse(Path(lightning_replay.__file__).read_text(encoding="utf-8"))
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
+    modules = {
+        alias.name: node.module for node in seen.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted([*modules, "__version__"]) == sorted(lightning_replay.__all__)
+    for name, module in modules.items():
+        assert getattr(lightning_replay, name) is getattr(importlib.import_module(str(module)), name)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_with_debug_anywhere_an_error_is_raised(place: int) -> None:
     arguments = ["report", "missing"]
@@ -106,10 +172,10 @@ def test_with_debug_a_wrong_argument_shows_where_it_was_refused(capsys: pytest.C
 
 
 def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**settings: object) -> None:
+    def fail(arguments: object, full_help: object) -> None:
         raise error
 
-    monkeypatch.setitem(cli._RUN, "demo", fail)
+    monkeypatch.setattr("lightning_replay.cli.demo.run", fail)
 
 
 @pytest.mark.parametrize(

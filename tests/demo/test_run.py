@@ -46,7 +46,7 @@ def test_the_command_tells_its_version_and_its_commands(capsys: pytest.CaptureFi
 
 def test_without_its_extra_the_demo_names_the_command_that_installs_it() -> None:
     code = (
-        "import sys; from lightning_replay.cli import main; sys.modules['matplotlib'] = None\n"
+        "import sys, torchmetrics; from lightning_replay.cli import main; sys.modules['matplotlib'] = None\n"
         "main(['demo', '--output', '/nonexistent'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -65,6 +65,19 @@ def test_no_held_out_problem_is_ever_trained_on() -> None:
 def learned_quickly(steps: int | None) -> list[demo.Run]:
     """Two arms without replay."""
     return list(demo.learn_sequence({"one": None, "two": None}, 0, Console(file=io.StringIO()), steps).values())
+
+
+def test_each_line_of_the_progress_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "LEARNED", 0.0)
+    monkeypatch.setattr(demo, "COOLDOWN_STEPS", 10)
+    demo.learn_sequence({"one": None}, 0, Console(), 5)
+    lines = capsys.readouterr().out.splitlines()
+    task = demo.MEASURE_EVERY + 10
+    ends = [f"all            1/4 reverse  ended after {task} steps: "]
+    ends += [f"one            {place}/4 {name:<8} ended after 5 steps: " for place, name in enumerate(TASKS, 1)][1:]
+    assert [line[: line.index(":") + 2] for line in lines] == ends
 
 
 def test_training_ends_after_the_cooldown_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +107,9 @@ def test_a_task_that_is_not_learned_is_an_error(
     try:
         with pytest.raises(SystemExit, match="1"):
             main(["demo", "--output", str(tmp_path)])
-        assert "has not learned the task 'reverse' (all) in 5 steps: it answers 0.0%" in capsys.readouterr().err
+        (said,) = capsys.readouterr().err.splitlines()[-1:]
+        assert said.startswith("The model has not learned the task 'reverse' (all) in 5 steps: it answers 0.0%")
+        assert said.endswith("Try another seed than 0.")  # a traceback would not help
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

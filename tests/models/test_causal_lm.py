@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,3 +175,44 @@ def test_validation_loss_is_logged(tiny_llama: Make) -> None:
 def test_arguments_out_of_range_are_refused(tiny_llama: Make, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CausalLM(tiny_llama(), **arguments)
+
+
+def _warnings_of_a_fit(module: CausalLM, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(max_epochs=-1, **options).fit(module, mapping_loader())
+    return [str(each.message) for each in caught if "has not clearly fallen" in str(each.message)]
+
+
+def test_a_fit_whose_loss_has_not_fallen_by_more_than_its_noise_says_so(tiny_llama: Make) -> None:
+    module = CausalLM(tiny_llama(), learning_rate=1e-7, schedule="constant")
+    (warning,) = _warnings_of_a_fit(module, max_steps=24)
+    assert module.fall is not None
+    fall, error = module.fall
+    assert fall <= error
+    assert f"by {fall:.2g} ± {error:.2g} nats a token at a learning rate of 1e-07" in warning
+
+
+def test_no_such_warning_where_the_loss_falls_or_there_are_few_batches(tiny_llama: Make) -> None:
+    learns = CausalLM(tiny_llama(), learning_rate=1e-2, schedule="constant")
+    assert _warnings_of_a_fit(learns, max_steps=24) == []
+    assert learns.fall is not None
+    assert learns.fall[0] > learns.fall[1]
+    short = CausalLM(tiny_llama(), learning_rate=1e-7)
+    assert _warnings_of_a_fit(short, max_steps=15) == []
+    assert short.fall is None
+
+
+def test_a_resumed_fit_is_not_judged_by_what_is_left_of_it(tiny_llama: Make, tmp_path: Path) -> None:
+    first = CausalLM(tiny_llama(), learning_rate=1e-7, schedule="constant")
+    trainer = quiet_trainer(max_epochs=-1, max_steps=20)
+    trainer.fit(first, mapping_loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = CausalLM(tiny_llama(), learning_rate=1e-7, schedule="constant")
+    trainer = quiet_trainer(max_epochs=-1, max_steps=60)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(second, mapping_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.global_step == 60
+    assert second.fall is None
+    assert not [each for each in caught if "clearly fallen" in str(each.message)]

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
-from lightning_replay import CausalLM, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
+from lightning_replay import CausalLM, ForgettingBudget, ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay
 from lightning_replay.cli.main import main
 from lightning_replay.report.page import against_new_task, report
 from lightning_replay.report.run_logs import RunLog, read_runs
@@ -283,6 +283,56 @@ def test_the_drift_is_drawn_over_its_budget(tmp_path: Path) -> None:
     assert "Drift and its budget" in page.text
     assert page.source.count(thin) == 2  # one line a run
     assert [page.cell("one", title, "replay")[1] for title in ("drift", "budget", "price")] == [0.05, 0.05, 2.0]
+
+
+def test_how_a_run_with_a_budget_ended_is_on_the_page(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    loggers = [CSVLogger(tmp_path, name="csv", version=""), TensorBoardLogger(tmp_path, name="events", version="")]
+    replay = SelfGeneratedReplay(coefficient=ForgettingBudget(0.05), refill_rows=16, seed=0)
+    trainer = quiet_trainer(max_steps=6, logger=loggers, log_every_n_steps=1, callbacks=[replay])
+    trainer.fit(CausalLM(tiny_llama(), 1e-2), datamodule=ReplayDataModule(mapping_loader(), 0.5))
+    budget = replay.step.budget
+    assert budget is not None
+    csv_run, event_run = read_runs([tmp_path])[0]
+    for run in (csv_run, event_run):
+        assert list(run.verdicts.values()) == [[budget.summary()]]
+    report([tmp_path], tmp_path / "page")
+    text = " ".join(Page(tmp_path / "page").text.split())
+    assert text.count(budget.summary()) == 2
+
+
+def test_each_fit_of_a_sequence_has_its_verdict(tmp_path: Path) -> None:
+    for place, loss in enumerate((1.0, 2.0)):
+        write_log(
+            tmp_path / f"{place}_task",
+            [
+                {"prior_loss/old": loss + step, "forgetting/old": float(step), "prior_accuracy/old": 0.5}
+                for step in range(2)
+            ],
+        )
+        (tmp_path / f"{place}_task" / "replay_verdict.txt").write_text(f"That was fit {place}.\n")
+    report([tmp_path], tmp_path / "page")
+    text = " ".join(Page(tmp_path / "page").text.split())
+    assert all(f"{place}_task: That was fit {place}." in text for place in range(2))
+    assert len(Page(tmp_path / "page").runs) == 1
+
+
+def test_a_page_of_its_own_is_replaced_and_another_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path / "run", [{"forgetting/old": 1.0}])
+    page = tmp_path / "page" / "report.html"
+    for word in ("Wrote", "Replaced"):
+        main(["report", str(tmp_path / "run"), "--output", str(page.parent)])
+        assert capsys.readouterr().out.startswith(f"{word} {page} and ")
+    page.write_text("<p>My thesis</p>")
+    pictures = {path: path.stat().st_mtime_ns for path in page.parent.glob("*.png")}
+    with pytest.raises(SystemExit, match="1"):
+        main(["report", str(tmp_path / "run"), "--output", str(page.parent)])
+    assert capsys.readouterr().err == (
+        f"{page} is no page of this command, which would replace it. Give another `--output`.\n"
+    )
+    assert page.read_text() == "<p>My thesis</p>"
+    assert pictures == {path: path.stat().st_mtime_ns for path in page.parent.glob("*.png")}
 
 
 def test_a_drop_within_the_noise_of_its_benchmark_reads_as_noise(tmp_path: Path) -> None:
