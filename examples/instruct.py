@@ -344,6 +344,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         "problems solved": "benchmark/solved/share",
         "forgetting/self": "forgetting/self",
         **{f"forgetting, {name.partition('/')[2]}": name for name in known},
+        **{f"KL, {name.partition('/')[2]}": name.replace("forgetting", "prior_kl") for name in known[:1]},
         "instructions followed": "benchmark/instructions/share",
         "lines continued": f"benchmark/{NAME}/acc",
     }
