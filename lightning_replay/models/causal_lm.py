@@ -163,19 +163,20 @@ class CausalLM(pl.LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        if self.fall is not None and self.fall[0] <= self.fall[1]:
+        fall, error = self.fall or (math.inf, 0.0)
+        if fall <= error:
             rank_zero_warn(
-                f"The training loss has not clearly fallen: by {self.fall[0]:.2g} ± {self.fall[1]:.2g} nats a token at "
-                f"a learning rate of {self.learning_rate:g}. If the model should have learned more, use a higher "
-                "`learning_rate` or more steps."
+                f"The training loss has not clearly fallen: by {fall:.2g} ± {error:.2g} nats a token at a learning rate "
+                f"of {self.learning_rate:g}. If the model should have learned more, use a higher `learning_rate` or "
+                "more steps."
             )
 
     @property
     def fall(self) -> tuple[float, float] | None:
         """By how much the training loss fell in the last fit, in nats a token, and two standard errors.
 
-        By a straight line over the logarithm of the steps. None if there were fewer than 16 batches, or if the fit was
-        resumed: what is left of it may be its level end.
+        The mean of the first batches less that of all later ones, where that is clearest. None if there were fewer than
+        16 batches, or if the fit was resumed: what is left of it may be its level end.
         """
         if self._trend is None or self._trend.steps < _FEWEST:
             return None

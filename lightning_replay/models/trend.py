@@ -9,39 +9,46 @@ __all__ = ["Trend"]
 
 
 class Trend:
-    """A straight line over the logarithm of the steps, by least squares, which losses follow better than the steps.
+    """The mean of the first values against that of all later ones, whether the fall is early and steep or long and slow.
+
+    The first 3, 7, 15, ... values are tried. For each step from one such number to the next, it keeps the mean and the
+    sum of squares.
 
     Example:
         >>> trend = Trend()
-        >>> for step in range(100):
-        ...     trend.add(torch.tensor(3.0 - 0.1 * math.log(step + 1)))
+        >>> for value in [3.0, 2.9, 3.1] + [1.0, 1.1, 0.9, 1.0] * 4:
+        ...     trend.add(torch.tensor(value))
         >>> fall, error = trend.fall()
-        >>> round(fall, 3), error < 1e-3
-        (0.461, True)
+        >>> round(fall, 3), round(error, 3)
+        (2.0, 0.053)
     """
 
     def __init__(self) -> None:
         self.steps = 0
-        self._x = self._xx = 0.0
-        self._y = self._xy = self._yy = torch.zeros((), dtype=torch.float32)
+        self._means: list[Tensor] = []
+        self._squares: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
         """Take the next value, a scalar."""
         self.steps += 1
-        x, y = math.log(self.steps), value.detach().to(torch.float32)
-        if self.steps == 1:
-            self._y, self._xy, self._yy = y, torch.zeros_like(y), torch.zeros_like(y)
-            return
-        before_x, before_y = x - self._x, y - self._y
-        self._x += before_x / self.steps
-        self._y = self._y + before_y / self.steps
-        self._xx += before_x * (x - self._x)
-        self._xy = self._xy + (x - self._x) * before_y
-        self._yy = self._yy + before_y * (y - self._y)
+        value = value.detach().to(torch.float32)
+        count = self.steps - 2 ** (self.steps.bit_length() - 1) + 1
+        if count == 1:
+            self._means.append(torch.zeros_like(value))
+            self._squares.append(torch.zeros_like(value))
+        before = value - self._means[-1]
+        self._means[-1] = self._means[-1] + before / count
+        self._squares[-1] = self._squares[-1] + before * (value - self._means[-1])
 
     def fall(self) -> tuple[float, float]:
-        """By how much the line falls from the first value to the last, of at least three, and the standard error."""
-        slope = float(self._xy) / self._xx
-        left = max(0.0, float(self._yy) - slope * float(self._xy))
-        error = math.sqrt(left / (self.steps - 2) / self._xx)
-        return -slope * math.log(self.steps), error * math.log(self.steps)
+        """By how much the mean falls where that is clearest, of at least eight values, and the standard error."""
+        counts = [2**part for part in range(len(self._means))]
+        counts[-1] = self.steps - sum(counts[:-1])
+        variance = sum(map(float, self._squares)) / (self.steps - len(counts))
+        sums = [count * float(mean) for count, mean in zip(counts, self._means, strict=True)]
+        tried = []
+        for part in range(2, len(counts)):
+            first, later = sum(counts[:part]), sum(counts[part:])
+            fall = sum(sums[:part]) / first - sum(sums[part:]) / later
+            tried.append((fall, math.sqrt(variance * (1 / first + 1 / later))))
+        return max(tried, key=lambda each: each[0] / each[1] if each[1] else each[0])
