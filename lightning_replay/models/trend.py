@@ -9,7 +9,7 @@ __all__ = ["Trend"]
 
 
 class Trend:
-    """The mean of the first values against that of all later ones, whether the fall is early and steep or long and slow.
+    """The mean of the first values against that of all later ones, for falls early and steep or long and slow.
 
     The first 3, 7, 15, ... values are tried. For each step from one such number to the next, it keeps the mean and the
     sum of squares.
