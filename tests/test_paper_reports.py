@@ -1,6 +1,7 @@
 """What the paper's scripts report of CSV files: the committed ones give the tables of the pages and the pictures."""
 
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -188,3 +189,15 @@ def test_a_curve_is_drawn_for_each_task_of_the_first_seed() -> None:
         assert axis.get_title("left") == end.arm
         runs = Counter(each.task for each in series if (each.arm, each.seed) == (end.arm, end.seed))
         assert curves(axis) == Counter(runs.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("instruct", ["instruct.py", "--csv", "instruct.csv"]),
+        ("on a gpu", ["benchmarks/on_a_gpu.py", "--table", "benchmarks/on_a_gpu.json"]),
+    ],
+)
+def test_the_table_of_a_script_is_that_of_its_file(name: str, command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=PAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == region(name)
