@@ -166,9 +166,9 @@ class CausalLM(pl.LightningModule):
         fall, error = self.fall or (math.inf, 0.0)
         if fall <= error:
             rank_zero_warn(
-                f"The training loss has not clearly fallen: by {fall:.2g} ± {error:.2g} nats a token at a learning rate "
-                f"of {self.learning_rate:g}. If the model should have learned more, use a higher `learning_rate` or "
-                "more steps."
+                f"The training loss has not clearly fallen: by {fall:.2g} ± {error:.2g} nats a token at a learning "
+                f"rate of {self.learning_rate:g}. If the model should have learned more, use a higher `learning_rate` "
+                "or more steps."
             )
 
     @property
