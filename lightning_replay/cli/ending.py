@@ -25,8 +25,13 @@ def ending(trainer: pl.Trainer, module: CausalLM) -> str:
 
 def _forgotten(trainer: pl.Trainer) -> str:
     values, rows = trainer.callback_metrics, []
-    for monitor in (each for each in trainer.callbacks if isinstance(each, ForgettingMonitor)):  # type: ignore[attr-defined]
+    monitors = [each for each in trainer.callbacks if isinstance(each, ForgettingMonitor)]  # type: ignore[attr-defined]
+    if not monitors:
+        return "Forgetting was not measured. Add a ForgettingMonitor to the callbacks: it needs no prior data."
+    for monitor in monitors:
         for name, before in monitor.baseline.items():
+            if f"prior_loss/{name}" not in values:
+                continue  # the checkpoint has a baseline, but no step was left to take
             error = values.get(f"forgetting_error/{name}")
             rows.append(
                 [
@@ -37,7 +42,7 @@ def _forgotten(trainer: pl.Trainer) -> str:
                 ]
             )
     if not rows:
-        return "Forgetting was not measured. Add a ForgettingMonitor to the callbacks: it needs no prior data."
+        return "Forgetting was not measured: no step was taken."
     return markdown(["set", "loss before", "loss after", "forgetting, nats a token"], rows)
 
 

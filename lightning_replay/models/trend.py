@@ -9,10 +9,9 @@ __all__ = ["Trend"]
 
 
 class Trend:
-    """The mean of the first values against that of all later ones, for falls early and steep or long and slow.
+    """The mean of the first values against that of all later ones: of the first 3, 7, 15, ..., where it is clearest.
 
-    The first 3, 7, 15, ... values are tried. For each step from one such number to the next, it keeps the mean and the
-    sum of squares.
+    So an early, steep fall is found as well as a long, slow one.
 
     Example:
         >>> trend = Trend()

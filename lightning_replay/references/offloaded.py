@@ -123,4 +123,4 @@ def _plain_parts(tensor: Any) -> list[Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]

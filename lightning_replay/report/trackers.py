@@ -172,7 +172,9 @@ def _add_mlflow_texts(tracked: Tracked, artifacts: Path) -> None:
 
 
 def is_mlflow_database(path: Path) -> bool:
-    """Whether a file is the SQLite database in which MLflow keeps runs."""
+    """Whether a path is the SQLite database in which MLflow keeps runs."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
             return False

@@ -151,6 +151,21 @@ def test_a_fit_without_a_monitor_says_that_forgetting_was_not_measured(
     assert "Forgetting was not measured. Add a ForgettingMonitor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_fit_that_takes_no_step_ends_like_others(
+    resumed: bool, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if resumed:
+        main(fit("text.yaml"))
+        (checkpoint,) = (workplace / "logs").rglob("*.ckpt")
+        main(fit("text.yaml", f"--ckpt_path={checkpoint}"))
+    else:
+        main(fit("text.yaml", "--trainer.max_steps=0"))
+    said = capsys.readouterr().out.splitlines()
+    assert "Forgetting was not measured: no step was taken." in said
+    assert "New-task loss: no step was taken" in said
+
+
 def test_a_config_of_lora_trains_the_adapter_and_saves_the_merged_model(workplace: Path) -> None:
     main(fit("lora.yaml", "--model.adapter.r=2"))
     trained, before = weights_after(workplace, 0), load_file("model/model.safetensors")

@@ -155,6 +155,17 @@ def test_every_public_name_is_the_one_that_a_type_checker_sees() -> None:
         assert getattr(lightning_replay, name) is getattr(importlib.import_module(str(module)), name)
 
 
+def test_modules_are_attributes_of_the_package_without_being_imported_first() -> None:
+    source = (
+        "import sys, lightning_replay\n"
+        "assert not hasattr(lightning_replay, 'nothing')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert lightning_replay.losses.forward_kl is lightning_replay.forward_kl\n"
+        "assert lightning_replay.sampling.Sampling is lightning_replay.Sampling\n"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_with_debug_anywhere_an_error_is_raised(place: int) -> None:
     arguments = ["report", "missing"]

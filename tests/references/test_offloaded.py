@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaForCausalLM
 
 from lightning_replay import Copy, SelfGeneratedReplay, sample_rows
 from lightning_replay.references.models import FrozenCopy
-from lightning_replay.references.offloaded import OffloadedCopy
+from lightning_replay.references.offloaded import OffloadedCopy, _plain_parts
 from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
 from tests.helpers.references import TOKENS, answer, of
 
@@ -87,3 +88,10 @@ def test_its_state_is_that_of_a_copy_and_loading_it_drops_what_was_fetched(tiny_
     answer(streamed)
     streamed.load_state_dict(other.state_dict())
     assert torch.equal(answer(streamed), answer(other))
+
+
+def test_the_parts_of_a_weight_that_is_quantized_in_layers_are_plain() -> None:
+    """Of a weight whose parts hold others in turn, as torchao's may."""
+    first, second, third = (torch.full((2,), float(value)) for value in range(3))
+    parts = _plain_parts(TwoTensor(TwoTensor(first, second), TwoTensor(third, first)))
+    assert [id(part) for part in parts] == [id(each) for each in (first, second, third, first)]

@@ -100,6 +100,8 @@ def test_mlflow_s_database_is_read_without_mlflow(tmp_path: Path) -> None:
     samples.mkdir(parents=True)
     (samples / "step-00000007.md").write_text("```\nonce\n```\n\n```\nupon\n```")
     (tmp_path / "other.db").write_bytes(b"SQLite format 3\0 and then nothing of it")
+    (tmp_path / "folder.db").mkdir()
+    (tmp_path / "dangling.db").symlink_to(tmp_path / "gone")
     with closing(sqlite3.connect(tmp_path / "theirs.db")) as database, database:
         database.execute("CREATE TABLE runs (id INTEGER)")
     runs, left_out = read_runs([tmp_path])
