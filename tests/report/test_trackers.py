@@ -46,7 +46,10 @@ def train(tiny_llama: Make, folder: Path, kind: str) -> None:
     )
     trainer.fit(UserModule(tiny_llama()), datamodule=ReplayDataModule(mapping_loader(8), 0.2))
     if kind == "wandb":
+        import wandb
+
         other.experiment.finish()
+        wandb.teardown()  # only then is the file sure to be whole
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "sqlite"])
