@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from harness_task import NAME, write_task
+from harness_task import NAME, cut_lines, write_task
 from quick import arguments
 from torch.nn import functional
 
@@ -32,8 +32,7 @@ from lightning_replay import (
 
 DOCUMENTS = 100
 options = arguments(__doc__)
-lines = [line for line in Path(options.prior).read_text(encoding="utf-8").splitlines() if len(line.split()) > 3]
-lines = [" ".join(line.split()[: options.length // 2]) for line in dict.fromkeys(lines)][:DOCUMENTS]
+lines = cut_lines(options.prior, DOCUMENTS, least=4, most=options.length // 2)
 
 
 def loss(model: LanguageModel, tokenizer: Any) -> float:

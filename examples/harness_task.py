@@ -3,10 +3,18 @@
 import json
 import random
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 NAME = "second_half"
 CHOICES = 4
+
+
+def cut_lines(file: str | Path, count: int, least: int, most: int) -> list[str]:
+    """The first different lines of a text that have enough words, each cut to so many at most."""
+    lines = (line.split() for line in dict.fromkeys(Path(file).read_text(encoding="utf-8").splitlines()))
+    long = (words[:most] for words in lines if len(words) >= least)
+    return [" ".join(words) for words in islice(long, count)]
 
 
 def write_task(lines: Sequence[str], folder: Path) -> None:

@@ -25,14 +25,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice, starmap
+from itertools import starmap
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import lightning as L
 import torch
-from harness_task import NAME, write_task
+from harness_task import NAME, cut_lines, write_task
 from quick import LENGTH, quick_folder
 
 from lightning_replay import (
@@ -48,6 +48,7 @@ from lightning_replay import (
     TextDataModule,
 )
 from lightning_replay.utilities.io import atomic_write
+from lightning_replay.utilities.tables import markdown
 
 CHAT = Sampling(prompts="chat")
 ANSWERED = 100
@@ -209,13 +210,6 @@ def write_chats(problems: list[dict[str, str]], file: Path) -> Path:
     return file
 
 
-def lines_to_continue(file: str, count: int) -> list[str]:
-    """The first lines of a text that have twelve words or more, cut to forty."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
-    long = (line.split()[:40] for line in dict.fromkeys(lines) if len(line.split()) >= 12)
-    return [" ".join(words) for words in islice(long, count)]
-
-
 def finetune(options: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, float]:
     """Do a run, and return what was measured: ``<key> before`` and ``<key>`` after.
 
@@ -261,7 +255,7 @@ def finetune(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
         sampling=CHAT,
         sequence_length=options.length,
     )
-    write_task(lines_to_continue(options.known[0].partition("=")[2], options.lines), folder)
+    write_task(cut_lines(options.known[0].partition("=")[2], options.lines, least=12, most=40), folder)
     benchmarks = BenchmarkMonitor(
         [NAME], probes, every_n_steps=0, include_path=folder, tokenizer=new.tokenizer, batch_size=16
     )
@@ -332,10 +326,10 @@ def main() -> None:
             writer.writerows(rows)
     for file in options.csv or [options.output / "instruct.csv"]:
         with file.open(newline="", encoding="utf-8") as opened:
-            print(*table(list(csv.DictReader(opened))), sep="\n")
+            print(table(list(csv.DictReader(opened))))
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+def table(rows: Sequence[Mapping[str, str]]) -> str:
     """The lines of a CSV file as a table in Markdown: means over seeds, and half the distance of the extremes."""
     prior = [name for name in rows[0] if name.startswith("forgetting/") and not name.endswith(" before")]
     known = [name for name in prior if name not in ("forgetting/new", "forgetting/self", "forgetting/seconds")]
@@ -350,16 +344,15 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     }
     columns = {title: name for title, name in columns.items() if rows[0].get(name)}
 
-    def cells(some: Sequence[Mapping[str, str]], suffix: str) -> str:
+    def cells(some: Sequence[Mapping[str, str]], suffix: str) -> list[str]:
         figures = [[float(row.get(name + suffix) or 0) for row in some] for name in columns.values()]
         spread = len(rows) > len({row["arm"] for row in rows})
-        return " | ".join(f"{mean(each):.3f}" + f" ± {(max(each) - min(each)) / 2:.3f}" * spread for each in figures)
+        return [f"{mean(each):.3f}" + f" ± {(max(each) - min(each)) / 2:.3f}" * spread for each in figures]
 
-    lines = [f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines.append(f"| before | {cells(rows, ' before')} |")
+    lines = [["before", *cells(rows, " before")]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        lines.append(f"| {arm} | {cells([row for row in rows if row['arm'] == arm], '')} |")
-    return lines
+        lines.append([arm, *cells([row for row in rows if row["arm"] == arm], "")])
+    return markdown(["arm", *columns], lines)
 
 
 def options_of_the_command_line() -> argparse.Namespace:

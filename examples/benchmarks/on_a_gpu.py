@@ -46,6 +46,7 @@ from typing_extensions import override
 from lightning_replay import KL, CausalLM, Copy, Sampling, SelfGeneratedReplay, sample_rows
 from lightning_replay.data.share import REPLAY_FRACTION
 from lightning_replay.models.language_model import evaluating, find_language_model
+from lightning_replay.utilities.tables import markdown
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 64, "layers": 2, "heads": 4, "vocabulary": 512},
@@ -278,7 +279,7 @@ def measure_step(run: Run, model: str) -> None:
     for name, ratio in table.items():
         run.record("step", model, name, vars(ratio))
     print(f"\nSteps of {NEW_ROWS} × {run.sizes.length} new tokens, {model}, rows at hand\n")
-    print(*step_table(run.figures, [model]), sep="\n")
+    print(step_table(run.figures, [model]))
 
     sampled = SelfGeneratedReplay(refill_rows=run.sizes.refill)
     one = run.attempt("step", model, "refill", fit, run, module, sampled, 1)
@@ -296,23 +297,28 @@ def measure_step(run: Run, model: str) -> None:
     print("\n".join(table_of_uses), "\n")
 
 
-def step_table(figures: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+def step_table(figures: Mapping[str, Any], models: Sequence[str]) -> str:
     """The steps of each model, in Markdown: milliseconds, time and memory over those without replay, of all rounds."""
-    header = " | ".join(f"{model}, ms a step | ÷ without replay | memory ÷ without" for model in models)
-    lines = [f"| fit | {header} |", "|---" * (1 + 3 * len(models)) + "|"]
-    for name in STEPS:
-        cells = [name]
-        for model in models:
-            found = figures["step"][model]
-            rounds = [[found.get(f"{arm}, round {number}") for arm in (name, "no replay")] for number in range(9)]
-            pairs = [(one, base) for one, base in rounds if one and base]
+    titles, lines = ["fit"], [[name] for name in STEPS]
+    for model in models:
+        titles += [f"{model}, ms a step", "÷ without replay", "memory ÷ without"]
+        found = figures["step"][model]
+        for line in lines:
+            rounds = [key.removeprefix(line[0]) for key in found if key.startswith(f"{line[0]}, round ")]
+            pairs = [(found[line[0] + each], found["no replay" + each]) for each in rounds]
+            pairs = [(one, base) for one, base in pairs if "error" not in one]
             over = sorted(one["seconds"] / base["seconds"] for one, base in pairs)
-            spread = f"{median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f})"
-            cells += [f"{1000 * median(one['seconds'] for one, _ in pairs):.1f}", spread]
             held = [one["bytes"] / base["bytes"] for one, base in pairs if "bytes" in one]
-            cells.append(f"{median(held):.2f}" if held else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            line += (
+                ["–"] * 3
+                if not pairs
+                else [
+                    f"{1000 * median(one['seconds'] for one, _ in pairs):.1f}",
+                    f"{median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f})",
+                    f"{median(held):.2f}" if held else "–",
+                ]
+            )
+    return markdown(titles, lines)
 
 
 def measure_sampling(run: Run, model: str) -> None:
@@ -532,7 +538,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="measure nothing, and print the steps of this file")
     options = parser.parse_args()
     if options.table is not None:
-        print(*step_table(json.loads(options.table.read_text()), options.models), sep="\n")
+        print(step_table(json.loads(options.table.read_text()), options.models))
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

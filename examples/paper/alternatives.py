@@ -21,11 +21,12 @@ from alternative_runs import Alternative
 from arms import PLAIN, SeedPoint, runs_by
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, cell, count, plain_numbers, scientific, table
+from reports import Report, Script, cell, count, plain_numbers, scientific
 from runs import Trajectory, at_new_loss, forgetting, trajectory
 from transformers import AutoConfig
 
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 DEFAULT, PAPER = "KL replay, default", "KL replay, the paper's"
 WEAK, INTERPOLATED = "KL replay × 1", ", interpolated"
@@ -288,7 +289,7 @@ def report(points: Sequence[Tried]) -> Report:
         ours="; ".join(
             f"{each.arm} {cell(each.removed, '.1%')}" for each in (found[DEFAULT], found[PAPER], *compared[:4])
         ),
-        details=table(
+        details=markdown(
             [
                 "arm",
                 "best setting",

@@ -7,10 +7,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from experiments import Lab
-from reports import cell, table
+from reports import cell
 from runs import Finetuning, Point, Trajectory, forgetting
 
 from lightning_replay import KL, Sampling
+from lightning_replay.utilities.tables import markdown
 
 PLAIN = "plain finetuning"
 
@@ -161,7 +162,7 @@ def comparison(arms: Trajectories) -> str:
                 "" if name == PLAIN else cell(removed(runs, plain), ".1%"),
             ]
         )
-    return table(["arm", "new-task loss", "forgetting", "plain finetuning's there", "removed"], rows)
+    return markdown(["arm", "new-task loss", "forgetting", "plain finetuning's there", "removed"], rows)
 
 
 def arm_points(lab: Lab, names: Sequence[str]) -> list[ArmPoint]:

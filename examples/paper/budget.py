@@ -13,11 +13,12 @@ from typing import Any
 
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, cell, count, plain_numbers, scientific, table
+from reports import Report, Script, cell, count, plain_numbers, scientific
 from runs import Finetuning, Text, Trajectory, forgetting, trajectory
 
 from lightning_replay import ForgettingBudget
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 SETTLED = 50
 """Steps after which the drift is not to exceed its budget by far."""
@@ -246,7 +247,7 @@ def report(lines: Sequence[Held], series: Sequence[Logged]) -> Report:
         paper="",
         ours=f"drift ÷ budget over the last quarter: {cell([line.end for line in lines], '.2f')}; "
         f"highest after step {SETTLED}: {max(line.peak for line in lines):.2f}",
-        details=table(
+        details=markdown(
             [
                 "new text",
                 "learning rate",

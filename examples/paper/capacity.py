@@ -17,10 +17,11 @@ from typing import Any
 from arms import loss_after
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, cell, plain_numbers, table
+from reports import Report, Script, cell, plain_numbers
 from runs import Finetuning, at_new_loss
 
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 COEFFICIENTS = (0.0, 0.3, 1.0, 3.0, 10.0)
 """Of the KL on the model's own samples; 0 is no replay."""
@@ -202,7 +203,7 @@ def report(runs: Sequence[Finetuned]) -> Report:
         + ", ".join(
             f"{cell(at_length[number])} at {number:,.0f} tokens per parameter" for number in (tokens[0], tokens[-1])
         ),
-        details=table(
+        details=markdown(
             [
                 "width",
                 "parameters",
@@ -226,7 +227,7 @@ def report(runs: Sequence[Finetuned]) -> Report:
             ],
         )
         + "\n\n"
-        + table(
+        + markdown(
             ["tokens per parameter", *(f"{number:,.0f}" for number in tokens)],
             [["forgetting without replay", *(cell(values) for values in at_length.values())]],
         ),

@@ -16,11 +16,12 @@ from arms import ARMS, SeedPoint, trajectories
 from experiments import Lab, main
 from learning_rate import ways
 from matplotlib.figure import Figure
-from reports import Report, Script, table
+from reports import Report, Script
 from runs import Trajectory, forgetting
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 TEXTS = {"prior_kl": "prior text", "new_kl": "new text"}
 GROUPS = {"all runs": (False, True), "without replay": (False,), "with replay": (True,)}
@@ -81,7 +82,7 @@ def report(ends: Sequence[End]) -> Report:
         paper="the KL on the new task predicts forgetting (RL's Razor)",
         ours=f"KL on prior text: Pearson {prior}, Spearman {prior_ranks}; on new text: {new}, {new_ranks}; on new text "
         f"without replay: {', '.join(correlations('new_kl', 'without replay'))}",
-        details=table(
+        details=markdown(
             ["KL on", "runs", "number", "Pearson", "Spearman"],
             [
                 [text, group, str(len(series(key, GROUPS[group])[0])), *correlations(key, group)]

@@ -22,11 +22,12 @@ from experiments import Lab, main
 from frontier_arms import FRACTIONS, all_arms, all_pairs
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from reports import Report, Script, cell, count, table
+from reports import Report, Script, cell, count
 from runs import Finetuning, Point, Trajectory, at_new_loss, forgetting, trajectory
 
 from lightning_replay import KL
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 TIMED_STEPS, ROUNDS = 48, 3
 SIGNS = {"1 use": "o", "2 uses": "s", "4 uses": "^", "16 uses": "v", "auto": "*"}
@@ -306,7 +307,7 @@ def table_of(results: Sequence[Result]) -> str:
     level = f"{results[0].runs[0].common_new_loss:.2f}"
     header = ["arm", "seeds", "replay tokens a step", "rows sampled", "new-task loss", "forgetting", "removed"]
     header += [f"steps to {level}", "removed there", "time ÷ plain", f"to {level}", f"{TIMED_STEPS} steps"]
-    return table(header, [result.cells() for result in results])
+    return markdown(header, [result.cells() for result in results])
 
 
 def draw_arms(

@@ -14,10 +14,11 @@ from statistics import mean
 from arms import SeedPoint, plain_level, runs_by
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, cell, plain_numbers, scientific, table
+from reports import Report, Script, cell, plain_numbers, scientific
 from runs import Finetuning, Trajectory, at_new_loss, forgetting
 
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 FRACTIONS = (0.05, 0.1, 0.2)
 REPLAY = {"loss": "kl", "coefficient": 10.0}
@@ -151,7 +152,7 @@ def report(points: Sequence[RatePoint]) -> Report:
         ours=f"{least.name} forgets least without replay: {forgotten:+.3f} in {seconds:.0f} s; {match.name}: "
         f"{cell(match.forgotten)} in {cell(match.values('cpu_seconds'), '.1f')} s with sampling, "
         f"{seconds / match.place[0]:.1f} times less",
-        details=table(
+        details=markdown(
             ["learning rate", "steps", "seconds", "rows sampled", "forgetting"],
             [
                 [

@@ -24,6 +24,7 @@ from matplotlib.ticker import NullFormatter
 from lightning_replay.__about__ import __version__
 from lightning_replay.report.plots import STYLE
 from lightning_replay.utilities.io import atomic_write
+from lightning_replay.utilities.tables import markdown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -150,7 +151,7 @@ def summary(reports: Mapping[str, Report], here: str = "") -> str:
         [each.claim, each.experiment, each.paper, each.ours, f"[`{name}.py`]({here}{name}.py)"]
         for name, each in reports.items()
     ]
-    return table(["claim", "experiment", "the paper", "here", "script"], cells)
+    return markdown(["claim", "experiment", "the paper", "here", "script"], cells)
 
 
 def details(reports: Mapping[str, Report]) -> str:
@@ -195,9 +196,3 @@ def count(values: Iterable[Any], noun: str) -> str:
 def scientific(rate: float) -> str:
     """A learning rate as it is usually written, such as 1e-3."""
     return f"{rate:.0e}".replace("e-0", "e-")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,11 +14,12 @@ import torch
 from arms import ARMS, PLAIN, SeedPoint
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, count, plain_numbers, table
+from reports import Report, Script, count, plain_numbers
 from runs import Finetuning
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 NAMES = {
     "without replay": (PLAIN, "learning rate ÷ 10", "LoRA, rank 16", "KL on new rows × 1", "KL on new rows × 0.1"),
@@ -114,7 +115,7 @@ def report(points: Sequence[WatchedPoint]) -> Report:
         paper="not tried",
         ours=f"Pearson {pearson}, Spearman {spearman}; standard error of `forgetting/self` "
         f"{sorted(errors)[len(errors) // 2]:.1%} of it (median)",
-        details=table(
+        details=markdown(
             ["measurements", "runs", "number", "Pearson", "Spearman"],
             [
                 ["ends" if only_ends else "all", group, *correlations(group, only_ends)]

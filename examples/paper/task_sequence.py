@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, cell, count, table
+from reports import Report, Script, cell, count
 from runs import TaskSequence
 
 from lightning_replay.demo.run import COEFFICIENT
 from lightning_replay.demo.toy_tasks import TASKS
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 ARMS = {"without_replay": "no replay", "with_replay": "self-generated replay"}
 
@@ -113,7 +114,7 @@ def report(ends: Sequence[End], curves: Sequence[Accuracy]) -> Report:
         f"accuracy and backward transfer after the last; {count((end.seed for end in ends), 'seed')}",
         paper="99.9% and −0.0004 with replay; 30.7% and −0.92 without",
         ours=f"{replayed} and {kept} with replay; {plain} and {lost} without",
-        details=table(
+        details=markdown(
             ["arm", *TASKS, "average", "backward transfer"],
             [[arm, *tasks_cells(arm), *cells(arm)] for arm in ARMS.values()],
         ),

@@ -14,13 +14,14 @@ from budget import MORE, new_loss, price
 from capacity import Start, narrow, wide
 from experiments import Lab, main
 from matplotlib.figure import Figure
-from reports import Report, Script, count, plain_numbers, table
+from reports import Report, Script, count, plain_numbers
 from runs import Finetuning
 
 from lightning_replay import ForgettingBudget
 from lightning_replay.callbacks.budget import NEAR
 from lightning_replay.callbacks.verdict import LITTLE, Course, Verdict, verdict
 from lightning_replay.report.plots import Look
+from lightning_replay.utilities.tables import markdown
 
 CLEAR = 1.5
 """By which factor a gain has to be above or below that for a case to be clear-cut."""
@@ -215,7 +216,7 @@ def report(cases: Sequence[Case], prices: Sequence[Price]) -> Report:
         paper="",
         ours=f"right in {sum(case.is_right for case in clear)} of {len(clear)} clear-cut cases; of the other "
         f"{len(unclear)}, {sum(case.verdict == 'unknown' for case in unclear)} left open",
-        details=table(
+        details=markdown(
             [
                 "parameters",
                 "budget",
