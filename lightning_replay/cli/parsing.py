@@ -106,6 +106,9 @@ def _meant(name: str, known: Sequence[str]) -> list[str]:
     begun = [each for each in known if each.startswith(name)]
     if 0 < len(begun) <= 3:
         return begun
-    last = name.rpartition(".")[2]
-    alike = [each for each in get_close_matches(name, known) if get_close_matches(last, [each.rpartition(".")[2]])]
+    alike = [each for each in get_close_matches(name, known) if get_close_matches(_last(name), [_last(each)])]
     return alike[:1]
+
+
+def _last(name: str) -> str:
+    return name.lstrip("-").rpartition(".")[2]

@@ -116,10 +116,19 @@ def test_a_name_that_is_unknown_or_cut_is_refused_with_the_one_that_may_be_meant
     assert capsys.readouterr().err.endswith(f". Did you mean {meant}?\n")
 
 
-def test_no_name_is_proposed_that_is_unlike_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "unknown"),
+    [
+        (["generate", "--model", "m", "--rows", "4", "--output", "o", "--sampling.heat", "2"], "--sampling.heat 2"),
+        (["fit", "--model.model=m", "--optimizer=x"], "--optimizer=x"),
+    ],
+)
+def test_no_name_is_proposed_that_is_unlike_what_was_given(
+    arguments: list[str], unknown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["generate", "--model", "m", "--rows", "4", "--output", "o", "--sampling.heat", "2"])
-    assert capsys.readouterr().err.endswith("nrecognized arguments: --sampling.heat 2\n")
+        main(arguments)
+    assert capsys.readouterr().err.endswith(f"nrecognized arguments: {unknown}\n")
 
 
 @pytest.mark.parametrize(
