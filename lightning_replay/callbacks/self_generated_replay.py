@@ -1,7 +1,6 @@
 """The callback that replays the model's own samples."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -22,6 +21,7 @@ from lightning_replay.callbacks.checks import (
     refuse_what_has_no_effect,
 )
 from lightning_replay.callbacks.refill import Fit, SampledRows
+from lightning_replay.callbacks.replay_log import ReplayLog
 from lightning_replay.callbacks.replay_loss import LossName, ReplayLoss, replay_loss_of
 from lightning_replay.callbacks.run_length import steps_of_the_run
 from lightning_replay.callbacks.supply import RowSupply, Source
@@ -224,11 +224,9 @@ class SelfGeneratedReplay(Callback):
         self._data: ReplayDataModule | None = None
         self._drawn_from: RowSource | None = None
         self._followed_step: int | None = None
-        self._of_last_rows: dict[str, float] = {}
-        self._logged: dict[str, Any] = {}
+        self._log = ReplayLog(self.step, self.rows)
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
-        self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], object]] = []
 
     @override
@@ -240,7 +238,7 @@ class SelfGeneratedReplay(Callback):
         self.reference.begin_fit(trainer)
         self._followed_step, self._checkpoint_loaded, self.monitoring_seconds = None, False, 0.0
         self.step.forget()
-        self._of_last_rows, self._logged = {}, {}
+        self._log.forget()
         if self.loss.rows != "batch" and not pl_module.automatic_optimization:
             pure = self.loss.pure_function
             function = f"add `lightning_replay.{pure}` to your loss" if pure else "add the loss"
@@ -278,7 +276,7 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows != "new" and not self.feed.share.fraction:
             return
         self._model = model = find_language_model(pl_module, self.language_model)
-        self._began, self._tokens_before = self._seconds_so_far(), self.rows.tokens_sampled
+        self._log.begin_training()
         if self.loss.rows == "new":
             self.reference.get(trainer, model)
             self._wrap_step(trainer, pl_module, model, None)
@@ -297,7 +295,7 @@ class SelfGeneratedReplay(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._logged = {}
+        self._log.begin_epoch()
 
     @override
     def on_train_batch_start(
@@ -313,49 +311,14 @@ class SelfGeneratedReplay(Callback):
         if self._model is None:
             return
         self._follow(trainer, self._model)
-        values: dict[str, Any] = {}
-        if self.step.last_loss is not None:
-            values |= {
-                "replay/loss": self.step.last_loss,
-                "replay/coefficient": self.step.last_coefficient,
-                "replay/loss_seconds": self.step.seconds,
-            }
-        if self._drawn_from is not None:
-            values |= self._drawn_from.measures()
-            drawn = self.feed.drawn
-            if drawn is not None and drawn.uses is not None and drawn.steps is not None:
-                self._of_last_rows = {
-                    "replay/uses": float(drawn.uses.double().mean()),
-                    "replay/age": trainer.global_step - float(drawn.steps.double().mean()),
-                }
-            values |= self._of_last_rows
-        if self.step.budget is not None:
-            values |= self.step.budget.values()
-        if self.step.reuse_gap.value is not None:
-            values["replay/reuse_gap"] = self.step.reuse_gap.value
-        # Within an epoch Lightning keeps what was logged last, and each `log` takes longer than all else in this hook.
-        changed = {key: value for key, value in values.items() if not _same(value, self._logged.get(key))}
-        self._logged |= changed
-        # As tensors on the CPU: Lightning would move each number to the device and wait for it.
-        tensors = {
-            key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
-            for key, value in changed.items()
-        }
-        pl_module.log_dict(tensors, on_step=True, on_epoch=False, batch_size=1)
+        self._log.write(pl_module, self.feed, self._drawn_from)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._model is None:
             return
-        total, sampling, loss = (now - then for now, then in zip(self._seconds_so_far(), self._began, strict=True))
-        line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
-        if self.loss.rows != "new":
-            feed = self.feed
-            line += (
-                f", {sampling / total:.1%} into sampling {self.rows.tokens_sampled - self._tokens_before:,} tokens; "
-                f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
-            )
-        rank_zero_info(f"{line}; monitoring took {self.monitoring_seconds / total:.1%}.")
+        feed = None if self.loss.rows == "new" else self.feed
+        rank_zero_info(self._log.summary(feed, self.monitoring_seconds))
         if self.step.budget is not None:
             summary = self.step.budget.summary()
             rank_zero_info(summary)
@@ -399,7 +362,7 @@ class SelfGeneratedReplay(Callback):
         return {
             "seed": self.seed,
             "followed_step": self._followed_step,
-            "of_last_rows": dict(self._of_last_rows),
+            "of_last_rows": dict(self._log.of_last_rows),
             **self.step.state_dict(),
             "share": self._feed.share.state_dict(),
             **self.rows.generator.state_dict(),
@@ -409,7 +372,7 @@ class SelfGeneratedReplay(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seed = state_dict["seed"]
         self._followed_step = state_dict["followed_step"]
-        self._of_last_rows = dict(state_dict["of_last_rows"])
+        self._log.of_last_rows = dict(state_dict["of_last_rows"])
         self.step.load_state_dict(state_dict)
         self._feed.share.load_state_dict(state_dict["share"])
         self.rows.generator.load_state_dict(state_dict)
@@ -474,10 +437,6 @@ class SelfGeneratedReplay(Callback):
         seed, ignored = self.seed or 0, self.ignore_index
         self._undo.append(self.step.wrap(trainer, pl_module, model, reference, feed, seed, ignored, gap))
 
-    def _seconds_so_far(self) -> tuple[float, float, float]:
-        """Of the clock, in sampling, and in the replay loss."""
-        return time.perf_counter(), self.rows.generator.seconds, self.step.seconds
-
     def _follow(self, trainer: pl.Trainer, model: LanguageModel) -> None:
         """Let an average and a budget take their step, once for each optimizer step, at which several batches may end.
 
@@ -494,8 +453,3 @@ class SelfGeneratedReplay(Callback):
         while self._undo:
             self._undo.pop()()
         self._model = self._drawn_from = None
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Whether two values are one number, or one tensor, which is not read."""
-    return value is other or (isinstance(value, float) and value == other)
