@@ -130,7 +130,8 @@ def test_without_wandb_its_runs_are_refused_and_the_command_that_installs_it_is_
 
 
 def test_other_folders_of_mlflow_are_no_runs(tmp_path: Path) -> None:
-    for name, meta in {"1": "experiment_id: 1\n", "1/models/m": "model_id: m\n", "2": "", "3": "- run_id\n"}.items():
+    metas = {"1": "experiment_id: 1\n", "1/models/m": "model_id: m\n", "2": "", "3": "- run_id\n", "4": "{% set a %}"}
+    for name, meta in metas.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / MLFLOW).write_text(meta)
     with pytest.raises(ValueError, match="No logs in"):
