@@ -100,6 +100,11 @@ class RowGenerator:
             )
         check_tokens(self._prompts.max_token, "Prompts hold", model)
 
+    @property
+    def bound(self) -> list[Any]:
+        """What samples begin and end with, as tokenizer, template and configurations have it, in plain containers."""
+        return [vars(self._prompts), self._stop if self.sampling.stops_at_eos else []]
+
     def check_length(self, length: int, model: LanguageModel) -> None:
         """Refuse rows that samples don't fit.
 
