@@ -98,7 +98,7 @@ class FrozenCopy(SavedReference):
         copy = independent_copy(model)
         copy.module.eval().requires_grad_(False)
         if dtype is not None:
-            copy.module.to(dtype=dtype)
+            _convert(copy.module, dtype)
         if quantize is not None:
             self._quantize(copy)
         self._model = copy.on(copy.module.to(device=device))
@@ -139,6 +139,22 @@ class FrozenCopy(SavedReference):
             f"Replay: the reference holds {share:.0%} of its weights in 8 bits, {_bytes(copy.module) / 2**20:,.0f} MiB "
             f"instead of {before / 2**20:,.0f}. The first `replay/loss` is its divergence from the exact copy."
         )
+
+
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert weights as `from_pretrained` loads them in this type: not the frequencies of rotary positions.
+
+    Rounded, they would turn each position by an angle whose error grows with the position.
+    """
+    frequencies = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in part.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    module.to(dtype=dtype)
+    for part, name, value in frequencies:
+        part._buffers[name] = value
 
 
 def _bytes(module: torch.nn.Module) -> int:
