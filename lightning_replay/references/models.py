@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel, evaluating
@@ -193,6 +194,8 @@ class MovingAverage(FrozenCopy):
     def follow(self, model: LanguageModel) -> None:
         """Take a step towards the model's weights: average ← decay · average + (1 - decay) · weights."""
         for average, weight in zip(self._model.module.parameters(), model.module.parameters(), strict=True):
-            average.lerp_(weight.to(average), 1 - self.decay)
+            # A quantized weight doesn't train, and has no average.
+            if weight.is_floating_point() and not is_traceable_wrapper_subclass(weight):
+                average.lerp_(weight.to(average), 1 - self.decay)
         for ours, theirs in zip(self._model.module.buffers(), model.module.buffers(), strict=True):
             ours.copy_(theirs)
