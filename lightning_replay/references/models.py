@@ -194,8 +194,8 @@ class MovingAverage(FrozenCopy):
     def follow(self, model: LanguageModel) -> None:
         """Take a step towards the model's weights: average ← decay · average + (1 - decay) · weights."""
         for average, weight in zip(self._model.module.parameters(), model.module.parameters(), strict=True):
-            # A quantized weight doesn't train, and has no average.
-            if weight.is_floating_point() and not is_traceable_wrapper_subclass(weight):
+            wraps_others = is_traceable_wrapper_subclass(weight)
+            if weight.is_floating_point() and not wraps_others:  # a quantized one doesn't train, and has no average
                 average.lerp_(weight.to(average), 1 - self.decay)
         for ours, theirs in zip(self._model.module.buffers(), model.module.buffers(), strict=True):
             ours.copy_(theirs)

@@ -90,7 +90,7 @@ def test_two_arms_that_begin_with_one_fit_share_it() -> None:
 
 
 def test_seeds_of_two_arms_that_begin_with_one_fit_have_names_of_their_own() -> None:
-    ends = {f"{arm}/{seed}": (1, 2 + index) for index, (arm, seed) in enumerate(["x1", "x2", "y1", "y2"])}
+    ends = {name: (1, 2 + index) for index, name in enumerate(["x/1", "x/2", "y/1", "y/2"])}
     arms = [fit(name, {"a": losses}) for name, losses in ends.items()]
     expected = {f"first/0 → {name}": ["first/0", name] for name in ends}
     assert names(fit("first/0", {"a": (9, 1)}), *arms) == expected
