@@ -63,8 +63,14 @@ class ReplayRows(NamedTuple):
 
     @classmethod
     def cat(cls, parts: Sequence["ReplayRows"]) -> "ReplayRows":
-        """Concatenate rows, padded to the longest; a field that is None in one part is None in the result."""
+        """Concatenate rows, padded to the longest.
+
+        Targets that are None in one part are its real tokens; any other field that is None in one part is None in the
+        result.
+        """
         length = max(part.tokens.shape[1] for part in parts)
+        if any(part.targets is not None for part in parts):
+            parts = [part._replace(targets=part.target_tokens) for part in parts]
         columns = zip(*(part.widened(length) for part in parts), strict=True)
         return cls(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 

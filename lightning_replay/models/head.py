@@ -342,7 +342,10 @@ def _tried(model: LanguageModel, tokens: Tensor, logits: Tensor, call: _Call) ->
     points = torch.tensor(_POINTS, dtype=exact, device=tokens.device)
     points = points.repeat(-(-tokens.numel() // len(points)))[: tokens.numel()].view(*tokens.shape, 1)
     bare = OutputHead(call.module, model.vocabulary, LogitTransform())
-    seen = bare.call_with(model, lambda model: model.logits(tokens), lambda _: points)
+    with torch.enable_grad():
+        seen = bare.call_with(model, lambda model: model.logits(tokens), lambda _: points)
+    if seen.requires_grad:  # it will be another, and takes a gradient of its own
+        raise WholeLogitsError(f"what follows its layer {type(call.module).__name__} has weights that train")
     coarsest, finest = max(eps := [torch.finfo(part.dtype).eps for part in (call.output, logits, seen)]), eps[2]
     transform = None
     if seen.shape == points.shape:  # some models convert to their own type before or after a scale

@@ -68,7 +68,8 @@ def adapter_is_idle(model: LanguageModel) -> bool:
     Args:
         model: The model, before finetuning.
     """
-    if not is_adapted(model.module):
+    # To switch off adapters that are merged, PEFT takes them out of the weights, and does not bring them back.
+    if not is_adapted(model.module) or any(getattr(layer, "merged", False) is True for layer in model.module.modules()):
         return False
     tokens = probe_tokens(model, _LENGTH)
     with _without_rounding_of_dora(model.module):

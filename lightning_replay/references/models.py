@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from lightning_replay.models.language_model import LanguageModel, evaluating
@@ -98,7 +99,7 @@ class FrozenCopy(SavedReference):
         copy = independent_copy(model)
         copy.module.eval().requires_grad_(False)
         if dtype is not None:
-            copy.module.to(dtype=dtype)
+            _convert(copy.module, dtype)
         if quantize is not None:
             self._quantize(copy)
         self._model = copy.on(copy.module.to(device=device))
@@ -141,6 +142,22 @@ class FrozenCopy(SavedReference):
         )
 
 
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert weights as `from_pretrained` loads them in this type: not the frequencies of rotary positions.
+
+    Rounded, they would turn each position by an angle whose error grows with the position.
+    """
+    frequencies = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in part.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    module.to(dtype=dtype)
+    for part, name, value in frequencies:
+        part._buffers[name] = value
+
+
 def _bytes(module: torch.nn.Module) -> int:
     """The memory of a module's weights and buffers."""
     return sum({part.data_ptr(): part.nbytes for part in plain_state(module).values()}.values())
@@ -177,6 +194,8 @@ class MovingAverage(FrozenCopy):
     def follow(self, model: LanguageModel) -> None:
         """Take a step towards the model's weights: average ← decay · average + (1 - decay) · weights."""
         for average, weight in zip(self._model.module.parameters(), model.module.parameters(), strict=True):
-            average.lerp_(weight.to(average), 1 - self.decay)
+            wraps_others = is_traceable_wrapper_subclass(weight)
+            if weight.is_floating_point() and not wraps_others:  # a quantized one doesn't train, and has no average
+                average.lerp_(weight.to(average), 1 - self.decay)
         for ours, theirs in zip(self._model.module.buffers(), model.module.buffers(), strict=True):
             ours.copy_(theirs)

@@ -191,9 +191,10 @@ def _add_tracked(run: RunLog, tracked: Tracked) -> str:
 
 def _titled(read: Sequence[tuple[RunLog, str]]) -> list[RunLog]:
     """The runs, with the titles that trackers gave them in their names as far as names stay unique."""
+    folders = {run.name for run, _ in read}
     titled = [(PurePosixPath(run.name).parent / title.replace("/", "-")).as_posix() for run, title in read]
     for (run, title), name in zip(read, titled, strict=True):
-        if title and titled.count(name) == 1:
+        if title and titled.count(name) == 1 and name not in folders:
             run.name = name
     return [run for run, _ in read]
 

@@ -39,7 +39,13 @@ def joined(runs: Sequence[RunLog]) -> list[RunLog]:
     continued = {run.name for run in earlier.values()}
     chains = [_chain(run, earlier) for run in runs if run.name not in continued]
     names = {run.name for run in runs}
-    return [chain[0] if len(chain) == 1 else _join(_name(chain, names), chain) for chain in chains]
+    short = [_name(chain, names) for chain in chains]
+    return [
+        chain[0]
+        if len(chain) == 1
+        else _join(name if short.count(name) == 1 else f"{chain[0].name} → {chain[-1].name}", chain)
+        for chain, name in zip(chains, short, strict=True)
+    ]
 
 
 def _continues(run: RunLog, other: RunLog) -> bool:

@@ -75,7 +75,7 @@ def final_figures(
         several = f"forgetting of {len(of_text)} sets"
         columns += [
             _Column(f"{several}, mean", lambda run: _mean(_last(run, of_text)), "+.3f"),
-            _Column(f"{several}, worst", lambda run: max(_last(run, of_text), default=None), "+.3f"),
+            _Column(f"{several}, worst", lambda run: _worst(_last(run, of_text)), "+.3f"),
         ]
         keys = [key for key in keys if key not in of_text]
     columns += [_logged(key, f"forgetting of {key.partition('/')[2]}", "+.3f") for key in keys]
@@ -184,6 +184,11 @@ def _last(run: RunLog, keys: Iterable[str]) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _worst(values: Sequence[float]) -> float | None:
+    """The largest; NaN, which compares with nothing, if one of them is."""
+    return max(values, key=lambda value: (isnan(value), value), default=None)
 
 
 def _sum(values: Sequence[float]) -> float | None:

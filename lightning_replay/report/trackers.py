@@ -140,7 +140,10 @@ def is_mlflow_run(folder: Path) -> bool:
 
 
 def _mlflow_meta(folder: Path) -> dict[str, Any]:
-    meta = yaml.safe_load((folder / MLFLOW).read_text("utf-8", errors="replace"))
+    try:
+        meta = yaml.safe_load((folder / MLFLOW).read_text("utf-8", errors="replace"))
+    except yaml.YAMLError:  # another program's file of that name
+        return {}
     return meta if isinstance(meta, dict) else {}
 
 

@@ -100,6 +100,11 @@ class RowGenerator:
             )
         check_tokens(self._prompts.max_token, "Prompts hold", model)
 
+    @property
+    def bound(self) -> list[Any]:
+        """What samples begin and end with, as tokenizer, template and configurations have it, in plain containers."""
+        return [vars(self._prompts), self._stop if self.sampling.stops_at_eos else []]
+
     def check_length(self, length: int, model: LanguageModel) -> None:
         """Refuse rows that samples don't fit.
 
@@ -271,6 +276,11 @@ class RowGenerator:
             else:
                 samples = _as_samples(sampling.sampler(model, starts[part], piece, generator), starts[part], piece)
                 check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
+                if sampling.targets == "answer" and samples.replies is None:
+                    raise MisconfigurationException(
+                        "`targets='answer'` takes the loss on answers, but the Samples that `sampler` returned have no "
+                        "`replies` to tell where they begin. Return them, or use `targets='all'`."
+                    )
             return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
 
         return _joined([part for part in processes.divide(number, make) if part is not None])
@@ -364,10 +374,15 @@ def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Sa
             f"({len(prompts)}, {length})."
         )
     if isinstance(given, Samples):
-        for name, shape in {"lengths": tokens.shape[:1], "drawn": tokens.shape}.items():
+        shapes = {"lengths": tokens.shape[:1], "drawn": tokens.shape}
+        optional = {"log_probs": tokens.shape, "replies": tokens.shape[:1]}
+        shapes |= {name: shape for name, shape in optional.items() if getattr(given, name) is not None}
+        for name, shape in shapes.items():
             part = getattr(given, name)
             if not isinstance(part, Tensor) or part.shape != shape:
                 raise TypeError(f"`sampler` returned Samples whose `{name}` do not have the shape {tuple(shape)}.")
+        if not 1 <= int(given.lengths.min()) <= int(given.lengths.max()) <= length:
+            raise ValueError(f"`sampler` returned Samples whose `lengths` are not 1 to {length}: {given.lengths}.")
         return given
     starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)

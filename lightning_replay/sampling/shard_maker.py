@@ -116,6 +116,7 @@ class ShardMaker:
             "model_hash": weights_hash(self._model.module),
             "vocabulary": self._model.vocabulary,
             "tokenizer": None if vocabulary is None else _digest(vocabulary),
+            "begin_and_end": _digest(self._generator.bound),
         }
 
     def make(self, number: int, folder: Path, progress: Callable[[int], Any]) -> ShardFile:

@@ -255,6 +255,27 @@ def test_what_is_not_understood_takes_whole_logits_and_says_so_once(
     assert reason in said[0]
 
 
+class Learned(After):
+    """A scale that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda outputs: outputs * self.scale)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+
+def test_a_scale_that_trains_takes_whole_logits_and_one_that_is_frozen_does_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = Learned()
+    with caplog.at_level("INFO", logger=rank_zero.log.name):
+        assert OutputHeads().of(described(module)) is None
+    assert "has weights that train" in caplog.text
+    module.scale.requires_grad_(False)
+    head = OutputHeads().of(described(module))
+    assert head is not None
+    assert head.transform == LogitTransform(2.0)
+
+
 def test_a_head_that_is_no_module_takes_whole_logits() -> None:
     class Functional(After):
         def forward(self, tokens: Tensor) -> Tensor:

@@ -169,6 +169,18 @@ def test_the_rounding_of_dora_does_not_grow_with_depth_or_bias(
     assert adapter_is_idle(model)
 
 
+def test_an_adapter_that_is_merged_stays_so(tiny_llama: Make) -> None:
+    """PEFT takes a merged adapter out of the weights to switch it off."""
+    module: Any = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False, **BOTH))
+    module.add_adapter("fresh", LoraConfig(r=2, **BOTH))
+    module.set_adapter("fresh")
+    module.base_model.merge_adapter(["default"])
+    with torch.no_grad():
+        before = module(TOKENS).logits
+        assert not adapter_is_idle(of(module))
+        assert torch.equal(module(TOKENS).logits, before)
+
+
 def test_asking_whether_an_adapter_is_idle_leaves_no_trace(tiny_llama: Make) -> None:
     model = adapted(tiny_llama, IDLE["DoRA"], torch.bfloat16)
     model.module.train()

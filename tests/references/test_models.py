@@ -1,11 +1,13 @@
 """References that hold weights: a frozen copy and a moving average."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
 
 from lightning_replay.references.models import FrozenCopy, LiveModel, MovingAverage
+from tests.helpers.modules import VOCABULARY
 from tests.helpers.references import TOKENS, of
 
 Make = Callable[..., LlamaForCausalLM]
@@ -32,6 +34,16 @@ def test_a_copy_can_be_kept_in_fewer_bits(tiny_llama: Make) -> None:
     exact = model.logits(TOKENS).detach()
     assert float((logits - exact).norm() / exact.norm()) < 0.03
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+
+
+def test_a_copy_in_fewer_bits_is_the_model_that_is_loaded_in_them(tiny_llama: Make, tmp_path: Path) -> None:
+    """Frequencies of rotary positions stay exact: their error would grow with the position."""
+    module = tiny_llama(max_position_embeddings=256)
+    module.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    tokens = torch.arange(256).unsqueeze(0) % VOCABULARY
+    with torch.no_grad(), FrozenCopy(of(module), dtype=torch.bfloat16).active() as reference:
+        assert torch.equal(reference.logits(tokens), loaded(tokens).logits)
 
 
 def test_a_moving_average_equals_its_closed_form(tiny_llama: Make) -> None:

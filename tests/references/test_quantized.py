@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from lightning_replay import Copy, SelfGeneratedReplay, forward_kl
 from lightning_replay.linear_losses import divergence_of_heads
 from lightning_replay.models.head import OutputHeads
-from lightning_replay.references.models import FrozenCopy
-from lightning_replay.references.quantized import plain_state
+from lightning_replay.references.models import FrozenCopy, MovingAverage
+from lightning_replay.references.quantized import plain_state, quantize_to_int8
 from tests.helpers.modules import VOCABULARY, UserModule, mapping_loader, quiet_trainer
 from tests.helpers.references import TOKENS, answer, of
 
@@ -43,6 +43,20 @@ def test_the_copy_answers_as_the_model_with_weights_rounded_by_hand(tiny_llama: 
     expected = rounded_by_hand(module)(TOKENS).logits
     torch.testing.assert_close(answer(FrozenCopy(of(module), quantize="int8")), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, module(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_is_taken_of_the_weights_that_are_not_quantized(tiny_llama: Make) -> None:
+    module: Any = tiny_llama()
+    quantize_to_int8(module.requires_grad_(False))
+    average = MovingAverage(of(module), 0.75)
+    before = module.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        module.model.norm.weight.add_(1)
+    average.follow(of(module))
+    with average.active() as reference:
+        found: Any = reference.module
+        assert torch.equal(found.model.norm.weight, before + 0.25)
+        assert torch.equal(found.lm_head.weight.qdata, module.lm_head.weight.qdata)
 
 
 def test_it_takes_a_quarter_of_the_memory_and_ties_stay(tiny_llama: Make) -> None:

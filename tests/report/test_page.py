@@ -250,6 +250,13 @@ def test_of_many_sets_the_first_table_has_the_mean_and_the_worst(tmp_path: Path)
     assert page.cell("run", "forgetting", "c")[1] == 0.25
 
 
+def test_of_many_sets_one_that_diverged_is_the_worst(tmp_path: Path) -> None:
+    values = zip("abcde", (0.0, 0.5, float("nan"), 0.0, 0.75), strict=True)
+    write_log(tmp_path / "run", [{f"forgetting/{name}": value for name, value in values}])
+    report([tmp_path / "run"], tmp_path / "page")
+    assert Page(tmp_path / "page").cell("run", "forgetting of 5 sets, worst")[0] == "+nan"
+
+
 def test_a_sequence_is_one_run_with_its_matrix(tmp_path: Path) -> None:
     accuracies = {"a": (0.25, 0.75, 0.75, 0.5), "b": (0.25, 0.25, 0.25, 1.0)}
     for number, places in enumerate([(0, 1), (2, 3)], start=1):

@@ -89,6 +89,13 @@ def test_two_arms_that_begin_with_one_fit_share_it() -> None:
     assert names(first, *arms, third) == {"x": ["shared/1", "x/2"], "y": ["shared/1", "y/2", "y/3"]}
 
 
+def test_seeds_of_two_arms_that_begin_with_one_fit_have_names_of_their_own() -> None:
+    ends = {name: (1, 2 + index) for index, name in enumerate(["x/1", "x/2", "y/1", "y/2"])}
+    arms = [fit(name, {"a": losses}) for name, losses in ends.items()]
+    expected = {f"first/0 → {name}": ["first/0", name] for name in ends}
+    assert names(fit("first/0", {"a": (9, 1)}), *arms) == expected
+
+
 def test_of_fits_that_ended_alike_the_one_in_the_closest_folder_is_continued() -> None:
     arms = [fit(f"{arm}/{number}", {"a": (number, number + 1)}) for arm in ("x", "y") for number in (1, 2)]
     assert names(*arms) == {"x": ["x/1", "x/2"], "y": ["y/1", "y/2"]}

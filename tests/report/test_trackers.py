@@ -129,8 +129,19 @@ def test_without_wandb_its_runs_are_refused_and_the_command_that_installs_it_is_
     )
 
 
+def test_a_title_that_is_another_run_s_folder_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "1" / "id" / "metrics" / "forgetting").mkdir(parents=True)
+    (tmp_path / "1" / "id" / MLFLOW).write_text("run_id: id\nrun_name: base\n")
+    (tmp_path / "1" / "id" / "metrics" / "forgetting" / "old").write_text("0 0.5 3\n")
+    (tmp_path / "1" / "base").mkdir()
+    (tmp_path / "1" / "base" / "metrics.csv").write_text("step,forgetting/old\n3,0.25\n")
+    runs, _ = read_runs([tmp_path])
+    assert {run.name: run.last("forgetting/old") for run in runs} == {"1/base": 0.25, "1/id": 0.5}
+
+
 def test_other_folders_of_mlflow_are_no_runs(tmp_path: Path) -> None:
-    for name, meta in {"1": "experiment_id: 1\n", "1/models/m": "model_id: m\n", "2": "", "3": "- run_id\n"}.items():
+    metas = {"1": "experiment_id: 1\n", "1/models/m": "model_id: m\n", "2": "", "3": "- run_id\n", "4": "{% set a %}"}
+    for name, meta in metas.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / MLFLOW).write_text(meta)
     with pytest.raises(ValueError, match="No logs in"):

@@ -1,5 +1,6 @@
 """Rows that are generated ahead: the same whoever makes them, whole or not there."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -111,6 +112,21 @@ def test_finished_shards_are_kept_and_damaged_or_missing_ones_made_again(model: 
     assert hashes(folder) == before
     assert [files[0].stat().st_mtime_ns, files[3].stat().st_mtime_ns] == kept
     assert sorted(folder.iterdir()) == sorted([*files, folder / "manifest.json"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("bos_token_id", Sampling()), ("eos_token_id", Sampling(stop_at_eos=True))]
+)
+def test_rows_that_begin_or_end_otherwise_are_not_added(
+    name: str, sampling: Sampling, model: str, tmp_path: Path
+) -> None:
+    generate(model, tmp_path / "rows", sampling=sampling)
+    next((tmp_path / "rows").glob("*.parquet")).unlink()
+    config = Path(model) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: 5}))
+    (Path(model) / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match="other settings: begin_and_end"):
+        generate(model, tmp_path / "rows", sampling=sampling)
 
 
 @pytest.mark.slow

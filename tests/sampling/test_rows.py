@@ -154,6 +154,20 @@ def test_a_sampler_that_returns_the_wrong_thing_is_told(tiny_llama: Make, return
         rows_of(of(tiny_llama()), 8, 6, length=6, sampler=lambda *given: returned)
 
 
+def test_samples_that_do_not_fit_together_are_told(tiny_llama: Make) -> None:
+    def sampled(error: type[Exception], message: str, sampling: dict[str, Any], **changes: Any) -> None:
+        tokens = torch.ones(8, 6, dtype=torch.int64)
+        samples = Samples(tokens, torch.full((8,), 6), tokens > 0)._replace(**changes)
+        with pytest.raises(error, match=message):
+            rows_of(of(tiny_llama()), 8, 6, chat_tokenizer(), length=6, sampler=lambda *_: samples, **sampling)
+
+    for name in ("log_probs", "replies"):
+        sampled(TypeError, f"`{name}` do not have the shape", {}, **{name: torch.ones(8, 5)})
+    for lengths in (torch.full((8,), 7), torch.arange(8) % 6):
+        sampled(ValueError, "`lengths` are not 1 to 6", {}, lengths=lengths)
+    sampled(MisconfigurationException, "have no `replies`", {"prompts": "chat", "targets": "answer"})
+
+
 def test_cached_log_probabilities_are_those_of_the_row_itself(tiny_llama: Make) -> None:
     model = of(tiny_llama())
     made, _, _ = rows_of(model, 10, 12)  # cut from samples of 24: the second half's own context is shorter
