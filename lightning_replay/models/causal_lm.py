@@ -37,7 +37,8 @@ class CausalLM(pl.LightningModule):
 
     For users without a module of their own; nothing in this package needs it. Batches are mappings of what the model's
     ``forward`` takes, ``labels`` among them, such as those of ``TextDataModule`` and ``ChatDataModule``. Logs
-    ``train/loss``, ``val/loss`` and ``test/loss``, in nats per token, and predicts the loss of each row.
+    ``train/loss`` of each batch, ``val/loss`` and ``test/loss`` of all target tokens, in nats a token, and predicts the
+    loss of each row.
 
     Args:
         model: A name on the Hugging Face hub, a local folder, or a model.
@@ -138,11 +139,11 @@ class CausalLM(pl.LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True)
+        self._log_mean("val/loss", batch, prog_bar=True)
 
     @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.log("test/loss", self._loss(batch), sync_dist=True)
+        self._log_mean("test/loss", batch)
 
     @override
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -227,6 +228,11 @@ class CausalLM(pl.LightningModule):
             )
         loss: Tensor = self.model(**batch).loss
         return loss
+
+    def _log_mean(self, name: str, batch: Mapping[str, Tensor], prog_bar: bool = False) -> None:
+        """Log the mean over all target tokens of an epoch, however they are spread over batches."""
+        loss, targets = self._loss(batch), int((batch["labels"][:, 1:] != -100).sum())
+        self.log(name, loss, prog_bar=prog_bar, sync_dist=True, batch_size=targets)
 
     def _total_steps(self) -> int:
         # The Trainer's estimate builds the dataloaders to count them, which loses their state on resume

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 from transformers.quantizers import HfQuantizer
 
@@ -156,12 +158,19 @@ def test_trying_to_save_leaves_the_model_and_the_folder_as_they_were(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_validation_loss_is_logged(tiny_llama: Make) -> None:
-    module = CausalLM(tiny_llama())
-    (logged,) = quiet_trainer().validate(module, mapping_loader(16), verbose=False)
+def test_the_validation_loss_is_that_of_all_target_tokens(tiny_llama: Make) -> None:
+    module = CausalLM(tiny_llama(initializer_range=1.0))
+    batches = list(mapping_loader(16))
+    batches[0]["labels"][:, :-1] = -100  # fewer targets than in the others
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    losses, targets = 0.0, 0
     with torch.no_grad():
-        expected = [module.model(**batch).loss for batch in mapping_loader(16)]
-    assert logged["val/loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+        for batch in batches:
+            logits, labels = module.eval()(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+            losses += float(F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
+            targets += int((labels != -100).sum())
+    (logged,) = quiet_trainer().validate(module, loader, verbose=False)
+    assert logged["val/loss"] == pytest.approx(losses / targets, rel=1e-5)
 
 
 @pytest.mark.parametrize(
