@@ -239,7 +239,10 @@ class BudgetController:
             return "Forgetting budget: no row was drawn for the first time, so the drift was never measured."
         line = f"Forgetting budget: drift {self.drift:.3g} of {self.allowed:.3g} nats a token"
         if self._unmeasured > _HELD:
-            line += f", last measured {self._unmeasured} steps before the end, since when no new row was drawn"
+            line += (
+                f", last measured {self._unmeasured} steps before the end, since when no new row was drawn or the drift "
+                "was not finite"
+            )
         if self.drift > (1 + NEAR) * self.allowed:
             return (
                 f"{line}, which was not held, with a coefficient of {self.coefficient:.3g}. Use a lower learning rate, "

@@ -228,7 +228,7 @@ class SelfGeneratedReplay(Callback):
         self._logged: dict[str, Any] = {}
         self._checkpoint_loaded = False
         self.monitoring_seconds = 0.0
-        self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
+        self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self._undo: list[Callable[[], object]] = []
 
     @override
@@ -278,7 +278,7 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows != "new" and not self.feed.share.fraction:
             return
         self._model = model = find_language_model(pl_module, self.language_model)
-        self._began, self._tokens_before = self._seconds_so_far(), self.rows.tokens_sampled
+        self._began, self._rows_before = self._seconds_so_far(), self.rows.generator.rows
         if self.loss.rows == "new":
             self.reference.get(trainer, model)
             self._wrap_step(trainer, pl_module, model, None)
@@ -352,7 +352,7 @@ class SelfGeneratedReplay(Callback):
         if self.loss.rows != "new":
             feed = self.feed
             line += (
-                f", {sampling / total:.1%} into sampling {self.rows.tokens_sampled - self._tokens_before:,} tokens; "
+                f", {sampling / total:.1%} into sampling {self.rows.tokens_since(self._rows_before):,} tokens; "
                 f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
             )
         rank_zero_info(f"{line}; monitoring took {self.monitoring_seconds / total:.1%}.")

@@ -141,6 +141,17 @@ def test_the_fit_ends_with_what_replay_cost(tiny_llama: Make, caplog: pytest.Log
         assert float(share) / 100 * float(total) == pytest.approx(spent, rel=0.2, abs=0.05)
 
 
+def test_each_fit_counts_the_tokens_that_it_has_sampled_itself(
+    tiny_llama: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    replay, module = SelfGeneratedReplay(replay_fraction=0.2, refill_rows=12), UserModule(tiny_llama())
+    with caplog.at_level(logging.INFO):
+        for length in (12, 5):
+            quiet_trainer(callbacks=[replay]).fit(module, mapping_loader(length=length))
+    lines = [record.message for record in caplog.records if record.message.startswith("Replay: of ")]
+    assert [re.findall(r"sampling ([\d,]+) tokens", line) for line in lines] == [["144"], ["60"]]
+
+
 def test_each_fit_counts_what_its_own_monitors_took(tiny_llama: Make) -> None:
     monitors = [ForgettingMonitor({name: mapping_loader(16)}) for name in ("stories", "news")]
     replay, before = SelfGeneratedReplay(), 0.0
