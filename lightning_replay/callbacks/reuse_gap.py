@@ -31,8 +31,8 @@ class ReuseGap:
     - It is the mean over two kinds of use, the second and the last, and not that of the last alone.
 
     Batches that mix rows of different uses, and passes of fewer than two batches or with a loss that is not finite, do
-    not count. There is no value before the second pass of the second refill. Values of several refills are averaged, the newest with half of the
-    weight.
+    not count. There is no value before the second pass of the second refill. Values of several refills are averaged,
+    the newest with half of the weight.
 
     Attributes:
         value: The averaged gap; None before the first.
