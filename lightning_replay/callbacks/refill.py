@@ -235,6 +235,10 @@ class SampledRows(RowSource):
             "background": self.background,
         }
 
+    def has_filled(self, buffer: ReplayBuffer | None) -> bool:
+        """Whether a buffer that the user gave holds rows, some of which were sampled here."""
+        return buffer is not None and buffer is self._given and len(buffer) > 0 and self.generator.rows > 0
+
     def tokens_since(self, rows: int) -> int:
         """Tokens in the rows of this fit, given how many had been sampled before it."""
         return 0 if self.buffer is None else (self.generator.rows - rows) * self.buffer.length
