@@ -85,6 +85,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._stop = frozenset(stop_tokens(model, tokenizer))
         self._start: int = end if start is None else start
         self._start_text, self._end_text = tokenizer.decode([self._start]), tokenizer.decode([self.eot_token_id])
+        plain, whole = (tokenizer.encode("a", add_special_tokens=adds) for adds in (False, True))
+        first = next((place for place in range(len(whole)) if whole[place : place + len(plain)] == plain), 0)
+        self._added_after = max(0, len(whole) - first - len(plain))
 
     @property
     @override
@@ -114,11 +117,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text, with those that the tokenizer adds by itself, unless the text begins with them."""
+        """Tokens of a text, with those that the tokenizer puts before it, unless the text begins with them.
+
+        An end token that it puts after each text would stand between a text and its continuation.
+        """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._start_text)
         tokens: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return tokens
+        return tokens[: len(tokens) - self._added_after] if add_special_tokens else tokens
 
     @override
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -54,7 +54,8 @@ class BenchmarkMonitor(Monitor):
     Tasks get the same answers as from the harness's own ``HFLM``, up to rounding, and from any module that maps tokens
     to logits. The beginning-of-sequence token stands once before a text, whether the tokenizer adds it, a chat template
     has it or the harness asks for it. For a perplexity of whole texts, ``HFLM`` puts it there twice if the tokenizer
-    adds it by itself, so its figures differ from these, unless it is told ``add_bos_token=False``.
+    adds it by itself, so its figures differ from these, unless it is told ``add_bos_token=False``. An end token that
+    the tokenizer puts after each text is left out, which ``HFLM`` leaves between a text and its continuation.
 
     Note:
         With several processes, each answers its share of a task's requests. With sharded weights, each answers all. A

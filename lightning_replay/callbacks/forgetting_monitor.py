@@ -280,9 +280,9 @@ class ForgettingMonitor(Monitor):
         values: dict[str, float] = {}
         started = time.perf_counter()
         with isolate_rng():
-            if trainer.world_size > 1:
-                torch.manual_seed(0)  # a loader that shuffles does so equally in every process
             for name in names:
+                # A loader that shuffles does so equally each time and in every process: `max_batches` cuts it.
+                torch.manual_seed(0)
                 values |= self._evaluate(trainer, pl_module, name)
         self._add_seconds(trainer, time.perf_counter() - started)
         self._log(trainer, values, step)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from typing_extensions import override
 
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
@@ -61,7 +61,9 @@ class Monitor(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._measured_at:
+        # The last weights may have been measured, and a callback before this one have put their average in their place.
+        averages = any(isinstance(each, (StochasticWeightAveraging, WeightAveraging)) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if averages or trainer.global_step != self._measured_at:
             self._measure(trainer, pl_module, next_step(trainer))
 
     @override

@@ -235,10 +235,13 @@ class SampledRows(RowSource):
             "background": self.background,
         }
 
-    @property
-    def tokens_sampled(self) -> int:
-        """Tokens in all rows sampled so far."""
-        return 0 if self.buffer is None else self.generator.rows * self.buffer.length
+    def has_filled(self, buffer: ReplayBuffer | None) -> bool:
+        """Whether a buffer that the user gave holds rows, some of which were sampled here."""
+        return buffer is not None and buffer is self._given and len(buffer) > 0 and self.generator.rows > 0
+
+    def tokens_since(self, rows: int) -> int:
+        """Tokens in the rows of this fit, given how many had been sampled before it."""
+        return 0 if self.buffer is None else (self.generator.rows - rows) * self.buffer.length
 
     def state_dict(self) -> dict[str, Any]:
         """The sampled rows. The state of a buffer that the user gave is the datamodule's to keep."""

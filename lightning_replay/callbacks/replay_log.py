@@ -29,7 +29,7 @@ class ReplayLog:
     def __init__(self, step: ReplayStep, rows: SampledRows) -> None:
         self._step = step
         self._rows = rows
-        self._began, self._tokens_before = (0.0, 0.0, 0.0), 0
+        self._began, self._rows_before = (0.0, 0.0, 0.0), 0
         self.forget()
 
     def forget(self) -> None:
@@ -38,8 +38,8 @@ class ReplayLog:
         self.begin_epoch()
 
     def begin_training(self) -> None:
-        """Count time and tokens from here."""
-        self._began, self._tokens_before = self._seconds_so_far(), self._rows.tokens_sampled
+        """Count time and sampled rows from here."""
+        self._began, self._rows_before = self._seconds_so_far(), self._rows.generator.rows
 
     def begin_epoch(self) -> None:
         """Log all values again: Lightning keeps what was logged last within an epoch alone."""
@@ -94,7 +94,7 @@ class ReplayLog:
         line = f"Replay: of {total:,.1f} s, {loss / total:.1%} went into the replay loss (without its backward)"
         if feed is not None:
             line += (
-                f", {sampling / total:.1%} into sampling {self._rows.tokens_sampled - self._tokens_before:,} tokens; "
+                f", {sampling / total:.1%} into sampling {self._rows.tokens_since(self._rows_before):,} tokens; "
                 f"trained on {feed.new_tokens:,} new and {feed.replay_tokens:,} replayed tokens"
             )
         return f"{line}; monitoring took {monitoring_seconds / total:.1%}."

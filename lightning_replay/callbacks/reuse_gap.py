@@ -30,9 +30,9 @@ class ReuseGap:
       ever faster lowers or raises the gap, one that levels off from below raises it, from above lowers it.
     - It is the mean over two kinds of use, the second and the last, and not that of the last alone.
 
-    Batches that mix rows of different uses, and passes of fewer than two batches, do not count. There is no value
-    before the second pass of the second refill. Values of several refills are averaged, the newest with half of the
-    weight.
+    Batches that mix rows of different uses, and passes of fewer than two batches or with a loss that is not finite, do
+    not count. There is no value before the second pass of the second refill. Values of several refills are averaged,
+    the newest with half of the weight.
 
     Attributes:
         value: The averaged gap; None before the first.
@@ -92,6 +92,9 @@ class ReuseGap:
             return
         device = losses[-1].device  # those of a checkpoint are on the CPU
         values = torch.stack([loss.to(device, torch.float64) for loss in losses]).cpu()
+        if not values.isfinite().all():  # as of a step that overflowed: the average would never be a number again
+            self._passes = []
+            return
         self._passes.append(_Pass(self._use, float(values.mean()), float(values.var()) / len(losses)))
         self._passes = self._passes[-3:]
         if len(self._passes) == 3:

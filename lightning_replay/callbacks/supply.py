@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_replay.callbacks.checks import changed_settings, check_buffer, check_prior
@@ -72,6 +73,12 @@ class RowSupply:
         """Draw rows that are sampled when they are due."""
         if self.reference.resumed_from(fit.trainer) is None and self.reference.reference.since == "fit":
             self.rows.forget()  # rows of an earlier fit came from another reference
+            if self._cached is not None and fit.data is not None and self.rows.has_filled(fit.data.buffer):
+                raise MisconfigurationException(
+                    "The datamodule's buffer holds rows that an earlier fit sampled, with the log-probabilities of "
+                    "that fit's reference, and the reference of this fit is the model as it is now. Give each fit a "
+                    "new ReplayBuffer, or keep the first reference with `reference=Cached(since='first')`."
+                )
         lasting = self._never_refills(fit.model)
         live = self.source == "live" or lasting
         source: ReferenceModel = LiveModel(fit.model) if live else self.reference.get(fit.trainer, fit.model)

@@ -21,7 +21,7 @@ from lightning_replay.callbacks.reuse_gap import ReuseGap
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.models.head import HiddenStates, OutputHeads
 from lightning_replay.models.hooks import observed_forward
-from lightning_replay.models.language_model import LanguageModel
+from lightning_replay.models.language_model import LanguageModel, evaluating
 from lightning_replay.references.hidden import reference_hidden
 from lightning_replay.references.models import ReferenceModel
 from lightning_replay.utilities.seeds import own_randomness
@@ -120,7 +120,7 @@ class ReplayStep:
                 output, loss = self._on_replay_rows(model, reference, step, feed, key, fresh)
             share = None
             if self.budget is not None and _has_graph(output):
-                self.budget.observe_new_loss(_loss_of(output).detach())
+                self.budget.observe_new_loss(_loss_of(output).detach(), 0.0 if loss is None else weight)
                 share = 1 / (1 + self.budget.coefficient)
             if loss is None:
                 return output if share is None else _combined(output, None, share)
@@ -170,7 +170,8 @@ class ReplayStep:
         """The output of the user's step, and the loss on the rows drawn for it.
 
         The budget takes the drift on ``fresh``, the rows with the targets that it is measured on. Where all processes
-        have to call the model equally often, it is measured in each, even if it does not count.
+        have to call the model equally often, it is measured in each, even if it does not count. If the forward was
+        random, as with dropout, what it gives is further from the reference than the model is.
         """
         output, drawn = step(), feed.drawn
         if not _has_graph(output) or drawn is None:
@@ -188,8 +189,10 @@ class ReplayStep:
             with reference().active() as active:
                 return active.logits(tokens)
 
-        with own_randomness(model.device, *key):
-            found = self._from_hidden(model, reference, rows, tokens, measured) if self.loss.takes_hidden else None
+        with own_randomness(model.device, *key) as was_random:
+            found = None
+            if self.loss.takes_hidden:
+                found = self._from_hidden(self.loss, model, reference, rows, tokens, measured)
             if found is None:
                 logits, asked = model.logits(tokens), reference_logits
                 if measured is not None:
@@ -198,21 +201,40 @@ class ReplayStep:
                 loss = self.loss(logits, rows, asked)
             else:
                 loss, drift = found
+            if on is not None and was_random():
+                drift = self._drift(model, reference, on.to(model.device), tokens)
         if self.budget is not None and fresh is not None:
             value = loss.detach() if drift is None else drift
             self.budget.observe(value, int(fresh.targets_mask.sum()))
         self.seconds += time.perf_counter() - started
         return output, loss
 
+    def _drift(
+        self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
+    ) -> Tensor:
+        """The drift on rows in evaluation mode, with a forward of its own."""
+        with evaluating(model.module):
+            found = self._from_hidden(DRIFT, model, reference, rows, tokens, None)
+            if found is not None:
+                return found[0]
+            logits = model.logits(tokens)
+
+        def reference_logits() -> Tensor:
+            with reference().active() as active:
+                return active.logits(tokens)
+
+        return DRIFT(logits, rows, reference_logits)
+
     def _from_hidden(
         self,
+        loss_on: ReplayLoss,
         model: LanguageModel,
         reference: Callable[[], ReferenceModel],
         rows: ReplayRows,
         tokens: Tensor,
         measured: ReplayRows | None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """The loss on replay rows and the drift on some, without logits of the whole batch.
+        """A loss on replay rows and the drift on some, without logits of the whole batch.
 
         None if whole logits are to be taken.
         """
@@ -223,7 +245,7 @@ class ReplayStep:
             return asked.logits(tokens)
 
         before = None
-        if self.loss.asks_reference(rows) or (measured is not None and DRIFT.asks_reference(measured)):
+        if loss_on.asks_reference(rows) or (measured is not None and DRIFT.asks_reference(measured)):
             before = reference_hidden(self._heads, reference(), model, call)
             if before is None:
                 return None
@@ -231,7 +253,7 @@ class ReplayStep:
 
         def inside(ours: HiddenStates) -> Tensor:
             nonlocal drift
-            loss = self.loss.on_hidden(ours, rows, before)
+            loss = loss_on.on_hidden(ours, rows, before)
             if measured is not None:
                 with torch.no_grad():
                     drift = DRIFT.on_hidden(ours, measured, before)

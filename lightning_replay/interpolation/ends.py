@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lightning_replay.interpolation.weights import weights_of
 from lightning_replay.models.causal_lm import CausalLM
 from lightning_replay.models.language_model import LanguageModel, find_language_model, is_adapted
+from lightning_replay.references.adapters import adapter_is_idle
 from lightning_replay.references.keeper import saved_reference
 
 __all__ = ["ends"]
@@ -82,6 +83,8 @@ def _of_checkpoint(
         _check_not_rounded(before, weights_of(model.module), path)
     elif made_of_base and not is_adapted(model.module):
         before = {name: weight.detach().clone() for name, weight in weights_of(model.module).items()}
+    # Of an adapter that is more than nothing when it is made, or that trains weights under it, π is not what is under.
+    holds_base = held is None or (made_of_base and is_adapted(model.module) and adapter_is_idle(model))
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -97,7 +100,7 @@ def _of_checkpoint(
                 "folders."
             )
         model, unloaded = _merged(model)
-        if held is None or made_of_base:
+        if holds_base:
             before = before or unloaded
     if not before:
         raise MisconfigurationException(
@@ -152,7 +155,12 @@ def _merged(model: LanguageModel) -> tuple[LanguageModel, Weights]:
             f"The adapter of {type(adapted).__name__} can't be merged into the weights, so there is nothing to "
             "interpolate."
         )
-    unloaded = weights_of(copy.deepcopy(adapted).unload())
+    base = copy.deepcopy(adapted)
+    for part in base.modules():
+        if hasattr(part, "modules_to_save") and hasattr(part, "original_module"):
+            # PEFT unloads the trained copy.
+            part.modules_to_save.update(dict.fromkeys(part.modules_to_save, part.original_module))
+    unloaded: Weights = base.unload().state_dict()  # all names: what was tied may be two by now
     return find_language_model(adapted.merge_and_unload(), None), unloaded
 
 

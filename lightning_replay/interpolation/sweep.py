@@ -370,5 +370,6 @@ class _Sweep:
         self.own.draw(generator, self.model, self._reference, length, self.seed, lambda tokens: None)
 
     def _loss(self, name: str) -> float:
+        torch.manual_seed(0)  # a loader that shuffles does so equally at each weight: `max_batches` cuts it
         batches = islice(self.loaders[name], self.max_batches)
         return measure_set(name, batches, self.model, None, self._heads, self.model.device).loss

@@ -1,6 +1,6 @@
 """Random generators that are independent of each other and of the global random state."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,12 +26,15 @@ def held_out_seed(seed: int) -> int:
 
 
 @contextmanager
-def own_randomness(device: torch.device, *key: int) -> Iterator[None]:
+def own_randomness(device: torch.device, *key: int) -> Iterator[Callable[[], bool]]:
     """Random numbers, such as those of dropout, that depend only on a key; the global random state stays as it was.
 
     Args:
         device: The device on which they are drawn.
         key: Equal keys give equal numbers.
+
+    Yields:
+        A function that returns whether any has been drawn.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -49,4 +52,9 @@ def own_randomness(device: torch.device, *key: int) -> Iterator[None]:
         if on_cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+
+        def states() -> list[torch.Tensor]:
+            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_cuda else [])]
+
+        before = states()
+        yield lambda: not all(map(torch.equal, before, states()))

@@ -80,6 +80,16 @@ def test_every_kind_of_task_gives_the_figures_of_the_harness_own_model(
     assert ours(model, tokenizer, folder, TASKS, **options) == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_fewshot": 2}], ids=["plain", "few-shot"])
+def test_an_end_token_that_the_tokenizer_adds_changes_no_figure(
+    tiny_llama: Make, folder: Path, options: dict[str, Any]
+) -> None:
+    model = tiny_llama().eval()
+    with_end, without = number_tokenizer(True, adds_end=True), number_tokenizer(True)
+    assert with_end.encode("3 4") == [1, 3, 4, 2]
+    assert ours(model, with_end, folder, TASKS, **options) == ours(model, without, folder, TASKS, **options)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "pretrained"])
 def test_continuations_are_those_of_the_harness_own_model(
     tiny_llama: Make, request: pytest.FixtureRequest, family: str

@@ -24,6 +24,7 @@ from lightning_replay import (
     SelfGeneratedReplay,
 )
 from lightning_replay.callbacks.budget import BudgetController
+from lightning_replay.models.calls import evaluating
 from tests.callbacks.test_self_generated_replay import column, fixed_rows
 from tests.helpers.by_hand import ByHand, train, weights
 from tests.helpers.modules import DrawnRows, PlainDescent, UserModule, mapping_loader, quiet_trainer
@@ -226,7 +227,7 @@ class Measures(PlainDescent):
             assert rows.uses is not None
             tokens = rows.tokens[rows.uses == 1][:, :-1]
             if len(tokens):
-                with torch.no_grad():
+                with evaluating(self.model):
                     theirs, ours = (net(tokens).logits.log_softmax(-1) for net in (self.before[0], self.model))
                 self.drifts.append((float((theirs.exp() * (theirs - ours)).sum(-1).mean()), tokens.numel()))
         return super().training_step(batch, batch_idx)
@@ -260,6 +261,18 @@ def test_the_drift_is_the_forward_kl_on_rows_drawn_for_the_first_time(
     assert column(logger, "replay/drift")[-1] == pytest.approx(smoothed, rel=1e-4)
     assert column(logger, "replay/budget") == [10.0] * 8
     assert len(column(logger, "replay/price")) == (8 if loss in (KL(), NextToken()) else 0)
+
+
+@pytest.mark.parametrize("loss", [KL(), NextToken(), WholeLogits()], ids=["forward", "next-token", "whole logits"])
+def test_the_drift_is_that_of_the_model_without_its_dropout(tiny_llama: Make, loss: ReplayLoss) -> None:
+    replay = SelfGeneratedReplay(loss, coefficient=ForgettingBudget(10.0), replay_fraction=0.2, seed=0)
+    module = Measures(tiny_llama(attention_dropout=0.3), tiny_llama(), replay)
+    trainer = train(module, mapping_loader(), replay, max_steps=2)
+    (first, _), (second, _) = module.drifts
+    assert first < 1e-6
+    assert float(trainer.callback_metrics["replay/drift"]) == pytest.approx(0.1 * second, rel=1e-3)
+    assert float(trainer.callback_metrics["replay/loss"]) > 2 * second  # of the forward that is trained
+    assert all(part.training for part in module.model.modules())
 
 
 def test_a_budget_is_updated_once_an_optimizer_step(tiny_llama: Make) -> None:
@@ -313,6 +326,24 @@ def test_the_new_loss_weighs_the_same_in_steps_without_replay_rows(tiny_llama: M
     without = [(loss, own) for (loss, rows), own in zip(losses.seen, module.losses, strict=True) if not rows]
     assert len(without) == 4
     assert [loss for loss, _ in without] == pytest.approx([own / 4 for _, own in without])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "accumulate", "every", "share"),
+    [(0.2, 1, 1, 1.0), (0.05, 1, 1, 1 / 3), (0.05, 2, 1, 5 / 12), (0.2, 1, 3, 1.0)],
+)
+def test_the_price_is_the_part_of_the_coefficient_that_acts(
+    tiny_llama: Make, fraction: float, accumulate: int, every: int, share: float
+) -> None:
+    replay = SelfGeneratedReplay(
+        coefficient=ForgettingBudget(10.0, start=3.0), replay_fraction=fraction, every_n_steps=every
+    )
+    trainer = train(
+        UserModule(tiny_llama()), mapping_loader(), replay, max_epochs=-1, accumulate_grad_batches=accumulate
+    )
+    assert trainer.global_step == 6
+    assert float(trainer.callback_metrics["replay/coefficient"]) == 3.0
+    assert float(trainer.callback_metrics["replay/price"]) == pytest.approx(3 * share)
 
 
 def test_a_second_fit_begins_anew(tiny_llama: Make) -> None:

@@ -79,6 +79,22 @@ def test_each_value_stands_on_its_step_in_every_logger(tiny_llama: Make, tmp_pat
     assert float(trainer.callback_metrics["forgetting/rows"]) == pytest.approx(float(rows[10]))
 
 
+def test_a_loader_that_shuffles_gives_the_same_batches_each_time(tiny_llama: Make) -> None:
+    shuffled = mapping_loader(64, batch_size=2, shuffle=True)
+    monitor = ForgettingMonitor({"one": shuffled, "other": shuffled}, every_n_steps=1, max_batches=2, kl=False)
+    values: list[tuple[float, float]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            seen = trainer.callback_metrics
+            values.append((float(seen["forgetting/one"]), float(seen["prior_loss/one"] - seen["prior_loss/other"])))
+
+    # The order of the training rows, of each epoch anew, moves the global random state.
+    trainer = quiet_trainer(callbacks=[monitor, Watch()])
+    trainer.fit(UserModule(tiny_llama(), 0.0), mapping_loader(16, shuffle=True))
+    assert values == [(0.0, 0.0)] * 6
+
+
 def test_checkpoints_and_early_stopping_can_watch_it(tiny_llama: Make, tmp_path: Path) -> None:
     key = "forgetting/rows"
     # The random weights are so bad that training on anything makes them better: forgetting falls below zero.

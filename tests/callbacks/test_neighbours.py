@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     LearningRateFinder,
     LearningRateMonitor,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from transformers import LlamaForCausalLM
@@ -95,6 +97,18 @@ def test_once_a_learning_rate_was_found_the_run_is_that_of_one_begun_with_it(
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
     assert ends[0][2] == ends[1][2]
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging(0.1, swa_epoch_start=1), WeightAveraging()])
+def test_averaged_weights_are_measured_at_the_end(tiny_llama: Make, average: Callback) -> None:
+    monitor = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=4)
+    module = PlainDescent(tiny_llama())
+    trainer = quiet_trainer(callbacks=[average, monitor], max_steps=-1, max_epochs=3)
+    trainer.fit(module, mapping_loader(32))
+    assert trainer.global_step == 12
+    again = ForgettingMonitor({"prior": mapping_loader(8)}, every_n_steps=0)
+    quiet_trainer(callbacks=[again], max_steps=1).fit(PlainDescent(module.model), mapping_loader(8))
+    assert again.baseline["prior"] == pytest.approx(float(trainer.callback_metrics["prior_loss/prior"]), rel=1e-6)
 
 
 def test_a_second_fit_with_a_finder_takes_its_reference_and_its_baseline_anew(tiny_llama: Make, tmp_path: Path) -> None:

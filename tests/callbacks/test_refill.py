@@ -141,6 +141,46 @@ def test_the_fit_ends_with_what_replay_cost(tiny_llama: Make, caplog: pytest.Log
         assert float(share) / 100 * float(total) == pytest.approx(spent, rel=0.2, abs=0.05)
 
 
+class FirstLoss(L.Callback):
+    """Keeps the replay loss of the first step: 0 on rows of the model as it was then."""
+
+    def __init__(self, replay: SelfGeneratedReplay) -> None:
+        self.replay = replay
+        self.first = -1.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.first < 0:
+            assert self.replay.step.last_loss is not None
+            self.first = float(self.replay.step.last_loss)
+
+
+def test_cached_rows_of_an_earlier_fit_s_reference_are_refused(tiny_llama: Make) -> None:
+    module, replay = UserModule(tiny_llama()), SelfGeneratedReplay(reference="cached", refill_rows=16)
+
+    def fit(buffer: ReplayBuffer) -> float:
+        losses = FirstLoss(replay)
+        data = ReplayDataModule(mapping_loader(), 0.2, buffer=buffer)
+        quiet_trainer(callbacks=[replay, losses]).fit(module, datamodule=data)
+        return losses.first
+
+    used = ReplayBuffer(16, 12, top_k=8)
+    assert fit(used) < 1e-5
+    with pytest.raises(MisconfigurationException, match="holds rows that an earlier fit sampled"):
+        fit(used)
+    assert fit(ReplayBuffer(16, 12, top_k=8)) < 1e-5
+
+
+def test_each_fit_counts_the_tokens_that_it_has_sampled_itself(
+    tiny_llama: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    replay, module = SelfGeneratedReplay(replay_fraction=0.2, refill_rows=12), UserModule(tiny_llama())
+    with caplog.at_level(logging.INFO):
+        for length in (12, 5):
+            quiet_trainer(callbacks=[replay]).fit(module, mapping_loader(length=length))
+    lines = [record.message for record in caplog.records if record.message.startswith("Replay: of ")]
+    assert [re.findall(r"sampling ([\d,]+) tokens", line) for line in lines] == [["144"], ["60"]]
+
+
 def test_each_fit_counts_what_its_own_monitors_took(tiny_llama: Make) -> None:
     monitors = [ForgettingMonitor({name: mapping_loader(16)}) for name in ("stories", "news")]
     replay, before = SelfGeneratedReplay(), 0.0

@@ -39,6 +39,13 @@ def test_the_gap_is_that_of_a_first_pass_and_the_two_beside_it() -> None:
     assert gap.refills == 1
 
 
+def test_a_loss_that_is_not_finite_leaves_its_pass_out() -> None:
+    gap = observed(ReuseGap(), (1, [2.0, 2.0]), (2, [1.0, float("nan")]), (1, [2.0, 2.0]), (2, [1.0, 1.0]))
+    observed(gap, (1, [2.0, 2.0]), (2, [1.5, 1.5]), (1, [2.0, float("inf")]), (2, [9.0, 9.0]), (1, [9.0]))
+    assert gap.refills == 1
+    assert gap.value == pytest.approx(2.0 - (1.0 + 1.5) / 2)
+
+
 @pytest.mark.parametrize("uses", [2, 4])
 def test_a_linear_trend_cancels_and_what_used_rows_lack_remains(uses: int) -> None:
     gap, step = ReuseGap(), 0

@@ -20,18 +20,22 @@ CHAT = (
 """A chat template that begins with the start token, as most do."""
 
 
-def number_tokenizer(adds_start: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
+def number_tokenizer(
+    adds_start: bool = False, template: str | None = None, adds_end: bool = False
+) -> PreTrainedTokenizerFast:
     """A tokenizer of whole numbers, whose ids they are.
 
     Args:
         adds_start: Whether it puts the start token before each text by itself.
         template: Its chat template.
+        adds_end: Whether it puts the end token after each text, too.
     """
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {str(number): number for number in range(3, VOCABULARY)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if adds_start:
-        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        single = "<s> $A </s>" if adds_end else "<s> $A"
+        words.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )

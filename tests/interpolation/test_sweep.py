@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lightning_replay import (
     EMA,
@@ -160,6 +160,43 @@ def test_the_weight_of_an_adapter_scales_what_it_adds(base: Path) -> None:
             layer.scaling["default"] *= 0.5
     tokens = torch.randint(32, (2, 9))
     torch.testing.assert_close(load(chosen)(tokens).logits, module.model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_modules_that_an_adapter_saves_begin_as_they_were(base: Path, replays: bool) -> None:
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    module, checkpoint = finetuned(base, *([SelfGeneratedReplay()] if replays else []), adapter=settings)
+    found = interpolate(checkpoint, NEW, weights=(0.5, 1.0), self_rows=4)
+    first, between, last = found.points
+    assert first.new_loss == pytest.approx(loss_by_hand(load(base), NEW), rel=1e-6)
+    assert first.forgetting == {"self": 0.0}
+    adapted: Any = module.model
+    merged = adapted.merge_and_unload()
+    assert last.new_loss == pytest.approx(loss_by_hand(merged, NEW), rel=1e-6)
+    halfway = load(base)
+    halfway.load_state_dict(average(load(base), merged, 0.5))
+    assert between.new_loss == pytest.approx(loss_by_hand(halfway, NEW), rel=1e-6)
+
+
+def test_a_plain_fit_of_an_adapter_that_trains_weights_under_it_needs_the_model_before(tmp_path: Path) -> None:
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    ).save_pretrained(tmp_path / "base")
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True}
+    _, checkpoint = finetuned(tmp_path / "base", adapter=settings)
+    with pytest.raises(MisconfigurationException, match="holds no model before"):
+        interpolate(checkpoint, NEW, weights=(1.0,), self_rows=4)
+    first, _ = interpolate(checkpoint, NEW, base=tmp_path / "base", weights=(1.0,), self_rows=4).points
+    before = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    assert first.new_loss == pytest.approx(loss_by_hand(before, NEW), rel=1e-6)
+
+
+def test_a_loader_that_shuffles_gives_the_same_batches_at_each_weight(base: Path) -> None:
+    _, checkpoint = finetuned(base)
+    shuffled = mapping_loader(rows=64, batch_size=2, shuffle=True)
+    found = interpolate(checkpoint, NEW, {"one": shuffled, "other": shuffled}, weights=(0.5, 1.0), max_batches=2)
+    for point in found.points:
+        assert point.prior_loss["one"] == point.prior_loss["other"]
 
 
 def test_a_module_of_one_s_own_is_interpolated(tmp_path: Path) -> None:
