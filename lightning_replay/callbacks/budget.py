@@ -72,9 +72,8 @@ class ForgettingBudget:
     reached the budget, or for 50 measurements. If the drift remains far below, it sinks to its lower bound.
 
     Logged: ``replay/drift``, smoothed, ``replay/budget`` and, for the forward KL at temperature 1 and the next-token
-    loss, whose gradient is the drift's, ``replay/price``: the smoothed coefficient, or the part of it that acts if not
-    every batch has replay rows. At the optimum it is the exchange rate, how many nats of the new task's loss a nat of
-    drift buys. Before, as long as the new task's loss falls, a
+    loss, whose gradient is the drift's, ``replay/price``: the smoothed coefficient. At the optimum it is the exchange
+    rate, how many nats of the new task's loss a nat of drift buys. Before, as long as the new task's loss falls, a
     larger budget buys more, since it also lets it fall faster. The fit ends with a verdict, from that price and from
     whether your own loss still fell: what would lower it, more steps, a larger budget, a larger model, or nothing.
 
@@ -174,8 +173,6 @@ class BudgetController:
         self._unmeasured = 0
         self._pending: list[tuple[Tensor | float, int]] = []
         self._new_losses: list[Tensor | float] = []
-        self._weights: list[float] = []
-        self._weighed = (0.0, 0)
         self._course = Course()
 
     def observe(self, drift: Tensor | float, tokens: int) -> None:
@@ -187,15 +184,9 @@ class BudgetController:
         """
         self._pending.append((drift, tokens))
 
-    def observe_new_loss(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Take the user's own loss of a batch, for the verdict at the end.
-
-        Args:
-            loss: The loss.
-            weight: What the coefficient is multiplied by in this batch; 0 without replay rows.
-        """
+    def observe_new_loss(self, loss: Tensor) -> None:
+        """Take the user's own loss of a batch, for the verdict at the end."""
         self._new_losses.append(loss)
-        self._weights.append(weight)
 
     def update(self, step: int, processes: Processes = Processes()) -> None:  # noqa: B008
         """Move the coefficient at the end of an optimizer step; all processes call this.
@@ -206,11 +197,9 @@ class BudgetController:
         """
         drifts = sum(float(drift) * tokens for drift, tokens in self._pending), sum(n for _, n in self._pending)
         losses = sum(map(float, self._new_losses)), len(self._new_losses)
-        weights = sum(self._weights)
-        self._pending, self._new_losses, self._weights = [], [], []
-        everyone = processes.gather((*drifts, *losses, weights))
-        drift, tokens, loss, batches, weights = (sum(each) for each in zip(*everyone, strict=True))
-        self._weighed = self._weighed[0] + weights, self._weighed[1] + int(batches)
+        self._pending, self._new_losses = [], []
+        everyone = processes.gather((*drifts, *losses))
+        drift, tokens, loss, batches = (sum(each) for each in zip(*everyone, strict=True))
         self._course.add(loss / batches if batches else math.nan)
         measured = drift / tokens if tokens else math.nan
         if not math.isfinite(measured):  # no new row, or a step that overflowed
@@ -235,10 +224,7 @@ class BudgetController:
     @property
     def price(self) -> float | None:
         """How many nats of the new task's loss a nat of drift buys; None if the coefficient doesn't tell."""
-        if not self.has_price:
-            return None
-        weights, batches = self._weighed
-        return math.exp(self._log_price) * (weights / batches if batches else 1.0)
+        return math.exp(self._log_price) if self.has_price else None
 
     def values(self) -> dict[str, float]:
         """What to log, by key."""
@@ -300,8 +286,6 @@ class BudgetController:
             "unmeasured": self._unmeasured,
             "pending": [(float(drift), tokens) for drift, tokens in self._pending],
             "new_losses": list(map(float, self._new_losses)),
-            "weights": list(self._weights),
-            "weighed": self._weighed,
             "course": self._course.state_dict(),
         }
 
@@ -311,8 +295,7 @@ class BudgetController:
         self._level, self._log_price, self._violation = state["level"], state["log_price"], state["violation"]
         self._waited, self._unmeasured = state["waited"], state["unmeasured"]
         self._pending = [(drift, tokens) for drift, tokens in state["pending"]]
-        self._new_losses, self._weights = list(state["new_losses"]), list(state["weights"])
-        self._weighed = tuple(state["weighed"])
+        self._new_losses = list(state["new_losses"])
         self._course.load_state_dict(state["course"])
 
     def _bounded(self, log_coefficient: float) -> float:

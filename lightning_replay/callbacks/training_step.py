@@ -120,7 +120,7 @@ class ReplayStep:
                 output, loss = self._on_replay_rows(model, reference, step, feed, key, fresh)
             share = None
             if self.budget is not None and _has_graph(output):
-                self.budget.observe_new_loss(_loss_of(output).detach(), 0.0 if loss is None else weight)
+                self.budget.observe_new_loss(_loss_of(output).detach())
                 share = 1 / (1 + self.budget.coefficient)
             if loss is None:
                 return output if share is None else _combined(output, None, share)

@@ -23,7 +23,8 @@ class Deal(NamedTuple):
     Attributes:
         kept: Number of new rows that each rank keeps, by rank.
         takers: The rank that takes each of the replay rows that join now.
-        batches: Number of batches that owed these rows.
+        batches: Number of batches that these rows are the share of: those that owed them, and the batches before each of
+            these that owed less than a row.
     """
 
     kept: list[int]
@@ -62,7 +63,8 @@ class ReplayShare:
         self._share = Fraction(float(fraction)).limit_denominator(1_000_000)
         self._new_rows = 0
         self._replay_rows = 0
-        self._held: list[int] = []
+        self._without = 0
+        self._held: list[tuple[int, int]] = []
 
     def deal(self, totals: Sequence[int], carriers: int = 1) -> Deal:
         """Decide on the next batch.
@@ -91,8 +93,9 @@ class ReplayShare:
         owed = min(owed, total - len(totals))
         self._new_rows += total - owed
         self._replay_rows += owed
-        takers = _dealt(owed, [count - 1 for count in totals])
-        return Deal([count - takers.count(rank) for rank, count in enumerate(totals)], takers, int(owed > 0))
+        joining, batches = self._due(owed, 1)
+        takers = _dealt(joining, [count - 1 for count in totals])
+        return Deal([count - takers.count(rank) for rank, count in enumerate(totals)], takers, batches)
 
     def replay_rows(self, rows: int) -> float:
         """Number of replay rows that go with so many rows of the user's loader, on average."""
@@ -103,20 +106,28 @@ class ReplayShare:
         self._held = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows seen and owed so far, and for each batch whose rows have not joined yet how many these are."""
-        return {"new_rows": self._new_rows, "replay_rows": self._replay_rows, "held": list(self._held)}
+        """Rows seen and owed so far, batches since one owed a row, and what is owed and has not joined yet."""
+        return {
+            "new_rows": self._new_rows,
+            "replay_rows": self._replay_rows,
+            "without": self._without,
+            "held": list(self._held),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
-        self._new_rows, self._replay_rows, self._held = state["new_rows"], state["replay_rows"], list(state["held"])
+        self._new_rows, self._replay_rows = state["new_rows"], state["replay_rows"]
+        self._without, self._held = state["without"], list(state["held"])
 
     def _due(self, owed: int, carriers: int) -> tuple[int, int]:
-        """How many rows join a batch that owes some itself, and how many batches owed them."""
+        """How many rows join a batch that owes some itself, and how many batches they are the share of."""
+        self._without += 1
         if owed:
-            self._held.append(owed)
-        batches = math.ceil(len(self._held) / carriers) if carriers else 0
-        due, self._held = self._held[:batches], self._held[batches:]
-        return sum(due), batches
+            self._held.append((owed, self._without))
+            self._without = 0
+        owing = math.ceil(len(self._held) / carriers) if carriers else 0
+        due, self._held = self._held[:owing], self._held[owing:]
+        return sum(rows for rows, _ in due), sum(batches for _, batches in due)
 
 
 def _dealt(rows: int, room: Sequence[int]) -> list[int]:

@@ -328,24 +328,6 @@ def test_the_new_loss_weighs_the_same_in_steps_without_replay_rows(tiny_llama: M
     assert [loss for loss, _ in without] == pytest.approx([own / 4 for _, own in without])
 
 
-@pytest.mark.parametrize(
-    ("fraction", "accumulate", "every", "share"),
-    [(0.2, 1, 1, 1.0), (0.05, 1, 1, 1 / 3), (0.05, 2, 1, 5 / 12), (0.2, 1, 3, 1.0)],
-)
-def test_the_price_is_the_part_of_the_coefficient_that_acts(
-    tiny_llama: Make, fraction: float, accumulate: int, every: int, share: float
-) -> None:
-    replay = SelfGeneratedReplay(
-        coefficient=ForgettingBudget(10.0, start=3.0), replay_fraction=fraction, every_n_steps=every
-    )
-    trainer = train(
-        UserModule(tiny_llama()), mapping_loader(), replay, max_epochs=-1, accumulate_grad_batches=accumulate
-    )
-    assert trainer.global_step == 6
-    assert float(trainer.callback_metrics["replay/coefficient"]) == 3.0
-    assert float(trainer.callback_metrics["replay/price"]) == pytest.approx(3 * share)
-
-
 def test_a_second_fit_begins_anew(tiny_llama: Make) -> None:
     replay, coefficients = SelfGeneratedReplay(coefficient=ForgettingBudget(1e-6, start=3.0), seed=0), []
     for _ in range(2):

@@ -108,6 +108,17 @@ def test_the_gradients_of_a_cycle_add_up_to_those_of_every_step(
     assert float(replayed.abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulated_batches_weigh_replay_as_one_batch_of_their_rows_does(tiny_llama: Make, size: int) -> None:
+    large, _ = run(tiny_llama(), 1, loader=mapping_loader(48, batch_size=8), max_steps=6)
+    small, _ = run(
+        tiny_llama(), 1, loader=mapping_loader(48, batch_size=size), max_steps=6, accumulate_grad_batches=8 // size
+    )
+    assert small.counts.count(1) == len(large.drawn) == 12  # two for eight new rows
+    assert sorted(small.drawn.tolist()) == sorted(large.drawn.tolist())
+    torch.testing.assert_close(small.gradients, large.gradients, atol=2e-5, rtol=1e-4)
+
+
 def test_a_run_samples_what_its_whole_cycles_use(tiny_llama: Make) -> None:
     for steps, rows in ((8, 12), (9, 18)):
         watch, trainer = run(tiny_llama(), 3, max_steps=steps, max_epochs=-1, replay={"refill_rows": "auto"})

@@ -36,10 +36,21 @@ def test_rows_held_join_later_in_whole_batches_worth() -> None:
     ]
 
 
-def test_batches_that_owe_no_row_do_not_count() -> None:
+def test_rows_are_the_share_of_the_batches_without_a_row_too() -> None:
     share = ReplayShare(0.2)  # half a row is owed for 2 new ones
-    dealt = [share.deal([2], carriers) for carriers in (0, 0, 0, 1)]
-    assert [(len(deal.takers), deal.batches) for deal in dealt] == [(0, 0), (0, 0), (0, 0), (2, 2)]
+    dealt = [share.deal([2], carriers) for carriers in (1, 1, 1, 0, 1, 0, 0, 0, 0, 2, 1)]
+    expected = [(0, 0), (1, 2), (0, 0), (0, 0), (1, 2), (0, 0), (0, 0), (0, 0), (0, 0), (2, 4), (1, 2)]
+    assert [(len(deal.takers), deal.batches) for deal in dealt] == expected
+
+
+def test_a_row_of_many_small_batches_stands_for_all_of_them() -> None:
+    share = ReplayShare(0.1)
+    assert [share.deal([1]).batches for _ in range(20)] == [*[0] * 8, 9, *[0] * 8, 9, 0, 0]
+
+
+def test_new_rows_give_way_for_the_batches_before_too() -> None:
+    share = ReplayShare(0.25, "replace")
+    assert [share.deal([2]).batches for _ in range(4)] == [0, 2, 0, 2]
 
 
 def test_a_share_goes_on_from_its_state() -> None:
