@@ -249,13 +249,13 @@ class BudgetController:
                 "more replay rows or a larger budget."
             )
         if not self._binds:
-            line += f". The budget did not bind, at a coefficient of {self.coefficient:.3g}"
+            line += f". The budget did not bind at the end, at a coefficient of {self.coefficient:.3g}"
         elif self._gain is None:
             line += f", with a coefficient of {self.coefficient:.3g}"
         else:
             line += (
                 f"; {_MORE * self.allowed:.2g} nats more would lower the new task's loss by about {self._gain:.2g}, "
-                "or by more as long as it falls"
+                "and by more while it still falls"
             )
         return f"{line}. {self.verdict.sentence}"
 
@@ -270,8 +270,9 @@ class BudgetController:
 
     @property
     def _gain(self) -> float | None:
-        """What a larger budget buys."""
-        return None if self.price is None else _MORE * self.allowed * self.price
+        """What a larger budget buys; None if it isn't known, as after a price at which it would be the whole loss."""
+        gain = None if self.price is None else _MORE * self.allowed * self.price
+        return None if gain is None or gain >= self._course.level else gain
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coefficients to come depend on."""

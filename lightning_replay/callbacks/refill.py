@@ -273,6 +273,8 @@ class SampledRows(RowSource):
                 "first fit, or use another reference."
             )
         first = not self.generator.rows
+        if first:
+            rank_zero_info(f"Replay: sampling {rows} rows of {buffer.length} tokens{self._unasked_chat(supply.fit)}.")
         try:
             made = self._next(supply, rows, buffer)
         except Exception as error:
@@ -388,12 +390,20 @@ class SampledRows(RowSource):
         # In even parts, so that the last refill is not sampled for only a few steps.
         return math.ceil(needed / math.ceil(needed / _REFILL_ROWS))
 
+    def _unasked_chat(self, fit: Fit) -> str:
+        """What a user of a chat model may have missed."""
+        sampling = self.generator.sampling
+        is_asked = sampling.prompts is not None or sampling.sampler is not None
+        if is_asked or getattr(fit.tokenizer, "chat_template", None) is None:
+            return ""
+        return "; the tokenizer has a chat template, and `Sampling(prompts='chat')` samples conversations"
+
     def _how(self, model: LanguageModel) -> str:
         if model.has_cache or self.generator.sampling.sampler is not None:
             return ""
         return (
-            f"; {type(model.module).__name__} keeps nothing between calls, so each token takes a forward of the whole "
-            "row before it"
+            f"; {type(model.module).__name__} has no key-value cache, so each token takes a forward of the whole row "
+            "before it"
         )
 
     def _log(self, supply: Supply, made: _Made) -> None:

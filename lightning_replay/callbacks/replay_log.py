@@ -11,6 +11,7 @@ from lightning_replay.callbacks.refill import SampledRows
 from lightning_replay.callbacks.training_step import ReplayStep
 from lightning_replay.data.feed import RowFeed
 from lightning_replay.data.sources import RowSource
+from lightning_replay.utilities.logging import log_values, next_step
 
 __all__ = ["ReplayLog"]
 
@@ -82,6 +83,12 @@ class ReplayLog:
             for key, value in changed.items()
         }
         pl_module.log_dict(tensors, on_step=True, on_epoch=False, batch_size=1)
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Log the values of the last step, unless Lightning has: a short run may have had no logging step."""
+        step, every = next_step(trainer), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every:
+            log_values(trainer, {key: float(value) for key, value in self._logged.items()}, step)
 
     def summary(self, feed: RowFeed | None, monitoring_seconds: float) -> str:
         """Where the time of the fit went, in a line.

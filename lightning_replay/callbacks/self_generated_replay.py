@@ -59,8 +59,8 @@ class SelfGeneratedReplay(Callback):
     It works with any loader or datamodule. Wrap the data in a ``ReplayDataModule`` for what touches the data: rows that
     join the batch, real prior rows, folders of rows that were generated ahead, a buffer of your own.
 
-    Logged at every logging step: of the last step that had rows, ``replay/loss`` (nats a token, without the
-    coefficient), ``replay/coefficient``, ``replay/age`` (optimizer steps since its rows were sampled) and
+    Logged at every logging step and after the last step: of the last step that had rows, ``replay/loss`` (nats a token,
+    without the coefficient), ``replay/coefficient``, ``replay/age`` (optimizer steps since its rows were sampled) and
     ``replay/uses`` (how often they had been drawn); ``replay/buffer_fill``; ``replay/reuse_gap``, if rows are used
     again (how much lower the replay loss is on them than on rows drawn for the first time, in nats a token, as
     ``ReuseGap`` describes; above 0 if rows are learned by heart); what a ``ForgettingBudget`` logs; and, as totals,
@@ -314,6 +314,11 @@ class SelfGeneratedReplay(Callback):
             return
         self._follow(trainer, self._model)
         self._log.write(pl_module, self.feed, self._drawn_from)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._model is not None:
+            self._log.end(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -81,7 +81,7 @@ class Course:
             return None
         gain, late = self._trend(len(self._means) // 4), self._trend(len(self._means) // 2)
         gain = late if late.fall + late.error < gain.fall else gain
-        return gain._replace(fall=min(gain.fall, max(0.0, fmean(self._means[-4:]))))
+        return gain._replace(fall=min(gain.fall, max(0.0, self.level)))
 
     def _trend(self, first: int) -> Gain:
         """By a straight line over the logarithm of the steps, by least squares, from a mean on.
@@ -98,6 +98,11 @@ class Course:
         correlation = min(max(0.0, (left[1:] @ left[:-1]) / max(left @ left, 1e-30)), 0.9)
         error = math.sqrt(variance / (x @ x) * (1 + correlation) / (1 - correlation))
         return Gain(float(-slope) * math.log(2), 2 * error * math.log(2))
+
+    @property
+    def level(self) -> float:
+        """What it is at the end; infinite if that is not known."""
+        return fmean(self._means[-4:]) if self._means else math.inf
 
     @property
     def total_gain(self) -> float:

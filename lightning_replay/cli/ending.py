@@ -49,8 +49,9 @@ def _forgotten(trainer: pl.Trainer) -> str:
 def _learned(trainer: pl.Trainer, module: CausalLM) -> str:
     values, told = trainer.callback_metrics, {"val/loss": "on its held-out rows", "train/loss": "on the last batch"}
     losses = [f"{values[key]:.4f} {rows}" for key, rows in told.items() if key in values]
-    fell = [] if module.fall is None else ["fell in training by {:.2g} ± {:.2g}".format(*module.fall)]
-    return f"New-task loss: {', '.join(losses + fell) or 'no step was taken'}"
+    if module.fall is not None:
+        losses.append("{:.2g} ± {:.2g} lower after the first batches of training than on them".format(*module.fall))
+    return f"New-task loss: {', '.join(losses) or 'no step was taken'}"
 
 
 def _files(trainer: pl.Trainer, module: CausalLM) -> Iterator[tuple[str, object]]:

@@ -1,5 +1,6 @@
 """The command that generates replay rows ahead of training."""
 
+import sys
 from collections.abc import Sequence
 
 from lightning_replay.cli.parsing import command_parser, settings_of, take_arguments
@@ -29,6 +30,14 @@ def run(arguments: Sequence[str], full_help: bool = False) -> None:
     )
     take_arguments(parser, generate_rows)
     settings = settings_of(parser, given)
-    done = generate_rows(**settings)
+    try:
+        done = generate_rows(**settings)
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted: {settings['output']} keeps the files that are finished, of {settings['shard_rows']:,} "
+            "rows each. Run the same command again to continue.",
+            file=sys.stderr,
+        )
+        raise
     speed = f" in {done.seconds:,.1f} s ({done.new_rows / done.seconds:,.1f} rows/s)" if done.new_rows else ""
     print(f"{settings['output']} holds {done.rows:,} rows, {done.new_rows:,} of them made now{speed}.")

@@ -160,9 +160,9 @@ class DocumentDataModule(pl.LightningDataModule):
     def _read(self) -> Dataset:
         """The documents, a row each."""
         documents = read_documents(self.data, self.split, self.document_separator)
-        missing = [column for column in self.columns if column not in documents.column_names]
-        if missing:
+        if missing := [repr(column) for column in self.columns if column not in documents.column_names]:
             raise ValueError(
-                f"{self.data} has no column {missing}; it has {documents.column_names}. Set `{self._columns_argument}`."
+                f"{self.data} has no column {', '.join(missing)}; it has {documents.column_names}. Set "
+                f"`{self._columns_argument}`."
             )
         return documents if self.max_documents is None else documents.take(min(self.max_documents, len(documents)))

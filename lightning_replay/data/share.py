@@ -23,7 +23,7 @@ class Deal(NamedTuple):
     Attributes:
         kept: Number of new rows that each rank keeps, by rank.
         takers: The rank that takes each of the replay rows that join now.
-        batches: Number of batches that these rows are the share of: those that owed them, and the batches before each of
+        batches: Number of batches that these rows are the share of: those that owed them, and the ones before each of
             these that owed less than a row.
     """
 

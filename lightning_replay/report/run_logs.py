@@ -127,7 +127,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
     for folder in folders:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
-            raise NothingToReportError(f"{folder} {what}. Give folders that hold the logs of runs, such as `runs`.")
+            raise NothingToReportError(
+                f"{folder} {what}. Give folders that hold the logs of runs, such as `lightning_logs`."
+            )
     roots = [folder.resolve() for folder in folders]
     patterns = (_CSV, _EVENTS, WANDB, MLFLOW)
     logs = {log for root in roots for pattern in patterns for log in root.rglob(pattern)}

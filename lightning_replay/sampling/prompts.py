@@ -62,7 +62,8 @@ def find_prompts(given: PromptsLike | None, model: LanguageModel, tokenizer: Any
             raise MisconfigurationException(
                 "Samples begin with the beginning-of-sequence or end-of-text token, but neither a tokenizer nor the "
                 f"configuration of {type(model.module).__name__} names it. Pass "
-                "`sampling=Sampling(prompts=[[token_id]])`."
+                "`sampling=lightning_replay.Sampling(prompts=[[token_id]])`; if the model has no such token, pass one "
+                "that its texts often begin with, such as that of a newline."
             )
         return Prompts([[token]], [])
     if not isinstance(given[0], str):

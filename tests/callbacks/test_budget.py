@@ -179,6 +179,18 @@ def test_the_end_is_told_in_a_sentence(drift: float, has_price: bool, words: str
     assert ("replay/price" in controller.values()) == has_price
 
 
+def test_no_gain_is_told_that_is_as_large_as_the_loss() -> None:
+    for loss, words in (
+        (1.0, "0.01 nats more would lower the new task's loss by about 0.1,"),
+        (0.09, "a coefficient of"),
+    ):
+        controller = BudgetController(ForgettingBudget(0.05))  # of a price of 10
+        controller.observe(0.05, 1)
+        controller.observe_new_loss(torch.tensor(loss))
+        controller.update(1)
+        assert words in controller.summary()
+
+
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf, True, "0.1", None])
 def test_a_budget_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="above 0 and finite"):

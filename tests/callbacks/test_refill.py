@@ -22,6 +22,7 @@ from lightning_replay import (
     SelfGeneratedReplay,
 )
 from tests.helpers.modules import DrawnRows, Rows, UserModule, mapping_loader, quiet_trainer
+from tests.helpers.prompts import chat_tokenizer
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -120,6 +121,21 @@ def test_a_long_run_is_sampled_in_even_parts(tiny_llama: Make) -> None:
     assert replay.rows.buffer is not None
     assert replay.rows.buffer.capacity == 192
     assert trainer.callback_metrics["replay/rows_sampled"] == 576
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_before_sampling_it_is_said_how_much_and_that_chats_could_be(
+    tiny_llama: Make, caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    sampling = Sampling(prompts=["what the"]) if asked else Sampling()
+    replay = SelfGeneratedReplay(
+        sampling=sampling, replay_fraction=0.2, refill_rows=12, sequence_length=12, tokenizer=chat_tokenizer()
+    )
+    with caplog.at_level(logging.INFO):
+        quiet_trainer(callbacks=[replay], max_steps=2).fit(UserModule(tiny_llama()), mapping_loader())
+    (line,) = (record.message for record in caplog.records if record.message.startswith("Replay: sampling "))
+    assert line.startswith("Replay: sampling 12 rows of 12 tokens")
+    assert ("`Sampling(prompts='chat')`" in line) != asked
 
 
 def test_the_fit_ends_with_what_replay_cost(tiny_llama: Make, caplog: pytest.LogCaptureFixture) -> None:

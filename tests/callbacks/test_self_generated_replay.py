@@ -415,7 +415,7 @@ def test_rows_longer_than_the_context_are_refused_when_the_data_tells_their_leng
 
 def test_a_model_without_a_known_start_token_asks_for_prompts() -> None:
     module = TokensModule(HandWritten())
-    with pytest.raises(MisconfigurationException, match=r"Pass `sampling=Sampling\(prompts=\[\[token_id\]\]\)`"):
+    with pytest.raises(MisconfigurationException, match=r"`sampling=lightning_replay.Sampling\(prompts=\[\[token_id"):
         train(module, ReplayDataModule(tensor_loader(), 0.2), SelfGeneratedReplay())
     assert not module.batches
 
@@ -577,6 +577,18 @@ def column(logger: CSVLogger, name: str) -> list[float]:
     """The values that were logged under a name, in order."""
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize(("every", "values"), [(1, 3), (2, 2), (3, 1), (50, 1)])
+def test_the_last_step_is_logged_once_however_seldom_steps_are(
+    tiny_llama: Make, tmp_path: Path, every: int, values: int
+) -> None:
+    logger, replay = CSVLogger(tmp_path), SelfGeneratedReplay(replay_fraction=0.2)
+    trainer = quiet_trainer(callbacks=[replay], logger=logger, max_steps=3, log_every_n_steps=every)
+    trainer.fit(UserModule(tiny_llama()), mapping_loader())
+    assert [len(column(logger, f"replay/{name}")) for name in ("loss", "rows_sampled")] == [values, values]
+    assert replay.step.last_loss is not None
+    assert column(logger, "replay/loss")[-1] == pytest.approx(float(replay.step.last_loss))
 
 
 @pytest.mark.parametrize(("since", "same"), [("fit", False), ("first", True)])

@@ -130,17 +130,32 @@ def test_rows_that_begin_or_end_otherwise_are_not_added(
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_without_losing_or_repeating_a_row(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_command_that_was_ended_goes_on_without_losing_or_repeating_a_row(
+    model: str, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
     expected, folder = tmp_path / "whole", tmp_path / "rows"
     generate(model, expected, 300, seed=4)
     arguments = ["generate", "--model", model, "--rows", "300", "--output", str(folder), "--seed", "4"]
     arguments += ["--sequence_length", str(LENGTH), "--shard_rows", "6", "--reference_top_k", "4"]
-    command = [sys.executable, "-c", "import sys; from lightning_replay.cli import main; main(sys.argv[1:])"]
-    process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parents[2], start_new_session=True)
+    lines = [
+        "import signal, sys",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # ignored in a shell's background
+        "from lightning_replay.cli import main; main(sys.argv[1:])",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines), *arguments],
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         _wait_for(lambda: (folder / "manifest.json").exists() and len(Manifest.read(folder).shards) >= 3)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(sent)
+        _, told = process.communicate()
+        assert process.returncode == code
+        assert ("keeps the files that are finished, of 6 rows each" in told) == (sent == signal.SIGINT)
     finally:
         process.kill()
     made = len(Manifest.read(folder).shards)
