@@ -9,11 +9,10 @@ Writes the table in examples/results.md with `--fill examples/results.md`. Share
 from collections.abc import Sequence
 from statistics import mean
 
-from arms import PLAIN, ArmPoint, arm_points, comparison, runs_by_arm
+from arms import PLAIN, ArmPoint, arm_points, comparison, removed, runs_by_arm
 from experiments import Lab, main
 from matplotlib.figure import Figure
 from reports import Report, Script, count
-from runs import forgetting
 
 from lightning_replay.report.plots import Look
 
@@ -52,12 +51,14 @@ def report(points: Sequence[ArmPoint]) -> Report:
     arms, steps = runs_by_arm(points), max(point.step for point in points)
 
     def draw(figure: Figure) -> None:
-        axis = figure.add_subplot()
-        for name, runs in arms.items():
-            place = mean(run[-1].new_loss for run in runs), mean(forgetting(run) for run in runs)
-            axis.plot(*place, marker="o", color=Look.of(0).color)
-            axis.annotate(name, place, (4, 3), textcoords="offset points", fontsize=6)
-        axis.set(xlabel="new-task loss, nats a token", ylabel="forgetting, nats a token")
+        axis, shown = figure.add_subplot(), [name for name in reversed(arms) if name != PLAIN]
+        for place, name in enumerate(shown):
+            shares = removed(arms[name], arms[PLAIN])
+            axis.plot([min(shares), max(shares)], [place, place], color=Look.of(0).color)
+            axis.plot([mean(shares)], [place], marker="o", color=Look.of(0).color)
+        axis.set_yticks(range(len(shown)), shown)
+        axis.xaxis.set_major_formatter("{x:.0%}")
+        axis.set(xlabel="share of plain finetuning's forgetting that is gone at the same new-task loss")
 
     return Report(
         claim="What each objective, source and coefficient keeps",
