@@ -90,7 +90,7 @@ def test_long_conversations_are_cut_and_those_with_nothing_left_to_say_are_left_
         ([{"role": "user", "content": ["hello"]}], {}, "the `content` of a message is a list.*Join its parts"),
         (CALLING, {}, "Conversation 0 can't be .*it leaves `tool_calls` out of the text"),
         (CONVERSATION, {"tools_column": "functions"}, r"no column 'functions'; it has \['messages'\]. Set `tools_col"),
-        (CONVERSATION, {"messages_column": "turns"}, r"no column \['turns'\]; it has \['messages'\]. Set `messages_c"),
+        (CONVERSATION, {"messages_column": "turns"}, r"no column 'turns'; it has \['messages'\]. Set `messages_c"),
     ],
 )
 def test_conversations_that_cannot_be_labelled_exactly_are_refused(

@@ -123,7 +123,7 @@ def test_what_cannot_be_read_is_told(tokenizer: Any, tmp_path: Path) -> None:
     path = written(tmp_path, "jsonl")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": tmp_path / "nothing.txt"}, "There is no file"),
-        ({"data": path, "text_column": "body"}, r"no column \['body'\]; it has \['text'\]"),
+        ({"data": path, "text_column": "body"}, r"no column 'body'; it has \['text'\]"),
         ({"data": path, "sequence_length": 500}, "too short for one row of 500"),
         ({"data": path, "sequence_length": 160}, r"1 row\(s\) of 160 tokens, too few"),
     ]

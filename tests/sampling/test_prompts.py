@@ -44,7 +44,7 @@ def test_a_chat_template_is_split_around_the_user_s_words(tiny_llama: Any) -> No
         ("chat", None, "need a tokenizer"),
         ("chat", chat_tokenizer(None), "has none"),
         ("chat", chat_tokenizer("{{ '<user>' }}"), "before and after the user's words"),
-        (None, SimpleNamespace(), r"Pass `sampling=Sampling\(prompts=\[\[token_id\]\]\)`"),
+        (None, SimpleNamespace(), r"Pass `sampling=lightning_replay.Sampling\(prompts=\[\[token_id\]\]\)`"),
     ],
 )
 def test_what_is_missing_is_named(given: Any, tokenizer: Any, message: str) -> None:
