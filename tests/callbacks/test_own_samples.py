@@ -295,7 +295,9 @@ def test_an_adapter_that_is_switched_off_is_the_model_at_fit_start(tiny_llama: M
 
 def test_a_model_without_a_start_token_is_refused_until_it_has_prompts() -> None:
     module = TokensModule(HandWritten())
-    with pytest.raises(MisconfigurationException, match=r"Pass `sampling=Sampling\(prompts=\[\[token_id\]\]\)`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`sampling=lightning_replay.Sampling\(prompts=\[\[token_id\]\]\)`"
+    ):
         quiet_trainer(callbacks=[ForgettingMonitor()]).fit(module, tensor_loader())
     assert not module.batches
     monitor = ForgettingMonitor(sampling=Sampling(prompts=[[3], [4, 5]]))
