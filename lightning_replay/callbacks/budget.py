@@ -66,7 +66,7 @@ class ForgettingBudget:
     KL at temperature 1, and else takes the head's logits once more; for a loss that asks no reference, such as
     ``"ntp"``, also a forward of the reference. With ``reference="cached"`` it is the lower bound that ``Cached`` gives.
     If the model's forward in training is random, as with dropout, the drift is that in evaluation mode, which takes
-    another forward of model and reference.
+    another forward of the model.
 
     The coefficient stays between a thousandth and a thousand times ``start``. It stays at ``start`` until the drift has
     reached the budget, or for 50 measurements. If the drift remains far below, it sinks to its lower bound.

@@ -183,70 +183,39 @@ class ReplayStep:
         is_loss = self.loss == DRIFT and fresh is drawn and not lockstep
         on = drawn if fresh is None and lockstep else fresh
         measured = None if on is None or is_loss else on.to(model.device)
-        drift: Tensor | None = None
-
-        def reference_logits() -> Tensor:
-            with reference().active() as active:
-                return active.logits(tokens)
-
+        asked = _Asked(reference, model, self._heads, tokens)
         with own_randomness(model.device, *key) as was_random:
-            found = None
-            if self.loss.takes_hidden:
-                found = self._from_hidden(self.loss, model, reference, rows, tokens, measured)
-            if found is None:
-                logits, asked = model.logits(tokens), reference_logits
-                if measured is not None:
-                    asked = functools.cache(reference_logits)  # one forward for both
-                    drift = DRIFT(logits.detach(), measured, asked)
-                loss = self.loss(logits, rows, asked)
-            else:
-                loss, drift = found
+            loss, drift = self._loss_and_drift(self.loss, asked, rows, measured)
             if on is not None and was_random():
-                drift = self._drift(model, reference, on.to(model.device), tokens)
+                with evaluating(model.module):
+                    drift, _ = self._loss_and_drift(DRIFT, asked, on.to(model.device), None)
         if self.budget is not None and fresh is not None:
             value = loss.detach() if drift is None else drift
             self.budget.observe(value, int(fresh.targets_mask.sum()))
         self.seconds += time.perf_counter() - started
         return output, loss
 
-    def _drift(
-        self, model: LanguageModel, reference: Callable[[], ReferenceModel], rows: ReplayRows, tokens: Tensor
-    ) -> Tensor:
-        """The drift on rows in evaluation mode, with a forward of its own."""
-        with evaluating(model.module):
-            found = self._from_hidden(DRIFT, model, reference, rows, tokens, None)
-            if found is not None:
-                return found[0]
-            logits = model.logits(tokens)
-
-        def reference_logits() -> Tensor:
-            with reference().active() as active:
-                return active.logits(tokens)
-
-        return DRIFT(logits, rows, reference_logits)
+    def _loss_and_drift(
+        self, loss_on: ReplayLoss, asked: "_Asked", rows: ReplayRows, measured: ReplayRows | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A loss on replay rows and the drift on some, from one forward of the model."""
+        found = self._from_hidden(loss_on, asked, rows, measured) if loss_on.takes_hidden else None
+        if found is not None:
+            return found
+        logits, drift = asked.call(asked.model), None
+        if measured is not None:
+            drift = DRIFT(logits.detach(), measured, lambda: asked.logits)
+        return loss_on(logits, rows, lambda: asked.logits), drift
 
     def _from_hidden(
-        self,
-        loss_on: ReplayLoss,
-        model: LanguageModel,
-        reference: Callable[[], ReferenceModel],
-        rows: ReplayRows,
-        tokens: Tensor,
-        measured: ReplayRows | None,
+        self, loss_on: ReplayLoss, asked: "_Asked", rows: ReplayRows, measured: ReplayRows | None
     ) -> tuple[Tensor, Tensor | None] | None:
-        """A loss on replay rows and the drift on some, without logits of the whole batch.
-
-        None if whole logits are to be taken.
-        """
-        if self._heads.of(model) is None:
+        """The same without logits of the whole batch; None if whole logits are to be taken."""
+        if self._heads.of(asked.model) is None:
             return None
-
-        def call(asked: LanguageModel) -> Tensor:
-            return asked.logits(tokens)
-
         before = None
         if loss_on.asks_reference(rows) or (measured is not None and DRIFT.asks_reference(measured)):
-            before = reference_hidden(self._heads, reference(), model, call)
+            before = asked.hidden
             if before is None:
                 return None
         drift: Tensor | None = None
@@ -259,7 +228,7 @@ class ReplayStep:
                     drift = DRIFT.on_hidden(ours, measured, before)
             return loss
 
-        loss = self._heads.run(model, call, inside)
+        loss = self._heads.run(asked.model, asked.call, inside)
         return None if loss is None else (loss, drift)
 
     def _on_new_rows(
@@ -305,6 +274,40 @@ class ReplayStep:
         value = self.coefficient(step) if callable(self.coefficient) else self.coefficient
         _check_coefficient(value, f"What the schedule `coefficient` returned for step {step}")
         return float(value)
+
+
+class _Asked:
+    """The model on the tokens of replay rows, and the reference, which is called once at most for each answer.
+
+    Args:
+        reference: Returns the reference.
+        model: The model that trains.
+        heads: The output heads found so far.
+        tokens: The rows without their last tokens.
+    """
+
+    def __init__(
+        self, reference: Callable[[], ReferenceModel], model: LanguageModel, heads: OutputHeads, tokens: Tensor
+    ) -> None:
+        self.model = model
+        self.tokens = tokens
+        self._reference = reference
+        self._heads = heads
+
+    def call(self, asked: LanguageModel) -> Tensor:
+        """The logits of a model."""
+        return asked.logits(self.tokens)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """Those of the reference."""
+        with self._reference().active() as active:
+            return self.call(active)
+
+    @functools.cached_property
+    def hidden(self) -> HiddenStates | None:
+        """Hidden states of the reference; None if whole logits are to be taken."""
+        return reference_hidden(self._heads, self._reference(), self.model, self.call)
 
 
 def _can_be_watched(model: LanguageModel) -> bool:
