@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_replay.callbacks.measuring import measure_set
+from lightning_replay.callbacks.measuring import first_batches, measure_set
 from lightning_replay.callbacks.monitor import Monitor
 from lightning_replay.callbacks.own_samples import own_samples_of
 from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
@@ -281,8 +281,6 @@ class ForgettingMonitor(Monitor):
         started = time.perf_counter()
         with isolate_rng():
             for name in names:
-                # A loader that shuffles does so equally each time and in every process: `max_batches` cuts it.
-                torch.manual_seed(0)
                 values |= self._evaluate(trainer, pl_module, name)
         self._add_seconds(trainer, time.perf_counter() - started)
         self._log(trainer, values, step)
@@ -318,9 +316,8 @@ class ForgettingMonitor(Monitor):
     def _own_share(self, trainer: pl.Trainer, name: str) -> Iterator[Any]:
         """The batches of a set that this process measures."""
         rank, processes = (0, 1) if is_sharded(trainer) else (trainer.global_rank, trainer.world_size)
-        for index, batch in enumerate(self._loaders[name]):
-            if index == self.max_batches and name != _SELF:
-                break
+        most = None if name == _SELF else self.max_batches
+        for index, batch in enumerate(first_batches(self._loaders[name], most)):
             heed_sigterm(trainer)
             if index % processes == rank:
                 yield batch

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_replay.callbacks.measuring import measure_set
+from lightning_replay.callbacks.measuring import first_batches, measure_set
 from lightning_replay.callbacks.own_samples import OwnSamples, own_samples_of
 from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
 from lightning_replay.data.batches import Batches, row_length
@@ -370,6 +369,5 @@ class _Sweep:
         self.own.draw(generator, self.model, self._reference, length, self.seed, lambda tokens: None)
 
     def _loss(self, name: str) -> float:
-        torch.manual_seed(0)  # a loader that shuffles does so equally at each weight: `max_batches` cuts it
-        batches = islice(self.loaders[name], self.max_batches)
+        batches = first_batches(self.loaders[name], self.max_batches)
         return measure_set(name, batches, self.model, None, self._heads, self.model.device).loss
