@@ -21,7 +21,7 @@ from lightning_replay.models.probe import shown
 from lightning_replay.sampling.decoder import rows_at_a_time
 from lightning_replay.sampling.draw import sample_rows, stop_tokens
 from lightning_replay.sampling.prompts import Prompts, find_prompts
-from lightning_replay.sampling.samples import Samples
+from lightning_replay.sampling.samples import Samples, checked_samples
 from lightning_replay.sampling.sampling import Sampling
 from lightning_replay.sampling.statistics import distinct_n, repetition
 from lightning_replay.utilities.distributed import Processes
@@ -274,13 +274,9 @@ class RowGenerator:
                     progress=progress,
                 )
             else:
-                samples = _as_samples(sampling.sampler(model, starts[part], piece, generator), starts[part], piece)
+                given = sampling.sampler(model, starts[part], piece, generator)
+                samples = checked_samples(given, starts[part], piece, needs_replies=sampling.targets == "answer")
                 check_tokens(int(samples.tokens.max()), "`sampler` returned", model)
-                if sampling.targets == "answer" and samples.replies is None:
-                    raise MisconfigurationException(
-                        "`targets='answer'` takes the loss on answers, but the Samples that `sampler` returned have no "
-                        "`replies` to tell where they begin. Return them, or use `targets='all'`."
-                    )
             return Samples(*(None if column is None else column.cpu() for column in samples))  # type: ignore[arg-type]
 
         return _joined([part for part in processes.divide(number, make) if part is not None])
@@ -362,31 +358,6 @@ class RowGenerator:
         if samples.log_probs is not None:
             measures["log_prob"] = float(samples.log_probs.double().sum() / samples.drawn.sum().clamp(min=1))
         return measures
-
-
-def _as_samples(given: Any, prompts: Sequence[Sequence[int]], length: int) -> Samples:
-    """Checked samples of the user's own sampler. If it returned only tokens, all after the prompts count as drawn."""
-    tokens = given.tokens if isinstance(given, Samples) else given
-    if not isinstance(tokens, Tensor) or tokens.shape != (len(prompts), length) or tokens.is_floating_point():
-        what = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
-        raise TypeError(
-            f"`sampler` returned {what}; for {len(prompts)} samples of {length} tokens it returns token ids of shape "
-            f"({len(prompts)}, {length})."
-        )
-    if isinstance(given, Samples):
-        shapes = {"lengths": tokens.shape[:1], "drawn": tokens.shape}
-        optional = {"log_probs": tokens.shape, "replies": tokens.shape[:1]}
-        shapes |= {name: shape for name, shape in optional.items() if getattr(given, name) is not None}
-        for name, shape in shapes.items():
-            part = getattr(given, name)
-            if not isinstance(part, Tensor) or part.shape != shape:
-                raise TypeError(f"`sampler` returned Samples whose `{name}` do not have the shape {tuple(shape)}.")
-        if not 1 <= int(given.lengths.min()) <= int(given.lengths.max()) <= length:
-            raise ValueError(f"`sampler` returned Samples whose `lengths` are not 1 to {length}: {given.lengths}.")
-        return given
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    drawn = torch.arange(length, device=tokens.device) >= starts.unsqueeze(1)
-    return Samples(tokens, torch.full((len(prompts),), length), drawn)
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:
