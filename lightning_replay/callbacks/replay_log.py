@@ -54,7 +54,8 @@ class ReplayLog:
             feed: Draws the replay rows.
             drawn_from: Where it draws them from; None for a loss on the new rows.
         """
-        step, values = self._step, dict[str, Any]()
+        step = self._step
+        values: dict[str, Any] = {}
         if step.last_loss is not None:
             values |= {
                 "replay/loss": step.last_loss,

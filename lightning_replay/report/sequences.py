@@ -40,12 +40,9 @@ def joined(runs: Sequence[RunLog]) -> list[RunLog]:
     chains = [_chain(run, earlier) for run in runs if run.name not in continued]
     names = {run.name for run in runs}
     short = [_name(chain, names) for chain in chains]
-    return [
-        chain[0]
-        if len(chain) == 1
-        else _join(name if short.count(name) == 1 else f"{chain[0].name} → {chain[-1].name}", chain)
-        for chain, name in zip(chains, short, strict=True)
-    ]
+    long = [f"{chain[0].name} → {chain[-1].name}" for chain in chains]
+    unique = [name if short.count(name) == 1 else other for name, other in zip(short, long, strict=True)]
+    return [chain[0] if len(chain) == 1 else _join(name, chain) for chain, name in zip(chains, unique, strict=True)]
 
 
 def _continues(run: RunLog, other: RunLog) -> bool:
