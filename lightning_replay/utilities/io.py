@@ -1,12 +1,17 @@
 """Atomic writes of files."""
 
 import os
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 __all__ = ["atomic_write"]
+
+_UNFINISHED = ".unfinished"
+_DAY = 24 * 60 * 60
 
 
 @contextmanager
@@ -17,8 +22,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path: The file to write or to replace.
 
     Yields:
-        A path in the same folder, with the same suffix, to write to. At the end it is synced to disk and replaces the
-        file; after an error it is removed.
+        A path of the same name in a hidden folder beside it, to write to. At the end it is synced to disk and replaces
+        the file, with the permissions of a new file; the folder is removed, after an error, too. Folders that killed
+        processes left are removed by a later write beside them, when they are a day old.
 
     Example:
         >>> import tempfile
@@ -29,11 +35,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         ('all of it', 1)
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")
+    for left in path.parent.glob(f".*{_UNFINISHED}"):
+        with suppress(OSError):  # another process was faster, or it is another user's
+            if left.stat().st_mtime < time.time() - _DAY:
+                shutil.rmtree(left)
+    folder = path.with_name(f".{uuid4().hex}{_UNFINISHED}")
+    folder.mkdir()
+    temporary = folder / path.name
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(folder.stat().st_mode & 0o666)  # some libraries make files that only their owner can read
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder)

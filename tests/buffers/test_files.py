@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,11 +317,44 @@ def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path: Path) -> No
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("half of the n")
-        assert temporary.parent == tmp_path
-        assert temporary.suffix == ".txt"
+        assert temporary.name == path.name
+        assert temporary.is_relative_to(tmp_path)
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     with atomic_write(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+IS_KILLED = """
+import os, sys
+from lightning_replay.utilities.io import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half of the n")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_a_day_old(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IS_KILLED, str(tmp_path / "rows.txt")]
+    for _ in range(2):
+        assert subprocess.run(command, check=False).returncode != 0
+    old, young = tmp_path.iterdir()
+    now = time.time()
+    os.utime(old, (now, now - 25 * 3600))
+    os.utime(young, (now, now - 23 * 3600))
+    used_buffer().save(tmp_path / "other.safetensors")
+    assert {file.name for file in tmp_path.iterdir()} == {young.name, "other.safetensors"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no permissions of groups")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_can_be_read_by_whom_other_new_files_can(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    before = os.umask(0o027)
+    try:
+        used_buffer().save(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
