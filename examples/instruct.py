@@ -25,6 +25,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
 from statistics import mean
@@ -53,6 +55,7 @@ from lightning_replay.utilities.tables import markdown
 CHAT = Sampling(prompts="chat")
 ANSWERED = 100
 """Questions that are answered at a time."""
+PACKAGES = ("lightning-replay", "torch", "lightning", "transformers")
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,8 @@ def done(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     file = options.output / "runs" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory() as folder:
-            figures = finetune(options, name, seed, Path(folder))
+            figures: dict[str, Any] = finetune(options, name, seed, Path(folder))
+        figures["versions"] = " ".join([*(f"{package} {version(package)}" for package in PACKAGES), str(date.today())])
         file.parent.mkdir(exist_ok=True)
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(figures, indent=1))
@@ -326,7 +330,8 @@ def main() -> None:
             writer.writerows(rows)
     for file in options.csv or [options.output / "instruct.csv"]:
         with file.open(newline="", encoding="utf-8") as opened:
-            print(table(list(csv.DictReader(opened))))
+            rows = list(csv.DictReader(opened))
+        print(f"Finetuned on {rows[0]['new']}:\n\n{table(rows)}\n")
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -344,15 +349,15 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     }
     columns = {title: name for title, name in columns.items() if rows[0].get(name)}
 
-    def cells(some: Sequence[Mapping[str, str]], suffix: str) -> list[str]:
+    def cells(some: Sequence[Mapping[str, str]], suffix: str = "") -> list[str]:
         figures = [[float(row.get(name + suffix) or 0) for row in some] for name in columns.values()]
-        spread = len(rows) > len({row["arm"] for row in rows})
-        return [f"{mean(each):.3f}" + f" ± {(max(each) - min(each)) / 2:.3f}" * spread for each in figures]
+        return [f"{mean(each):.3f}" + f" ± {(max(each) - min(each)) / 2:.3f}" * (len(some) > 1) for each in figures]
 
-    lines = [["before", *cells(rows, " before")]]
+    lines = [["before", "", *cells(rows[:1], " before")]]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        lines.append([arm, *cells([row for row in rows if row["arm"] == arm], "")])
-    return markdown(["arm", *columns], lines)
+        seeds = [row for row in rows if row["arm"] == arm]
+        lines.append([arm, str(len(seeds)), *cells(seeds)])
+    return markdown(["arm", "seeds", *columns], lines)
 
 
 def options_of_the_command_line() -> argparse.Namespace:

@@ -138,8 +138,8 @@ def test_chats_of_its_own_keep_what_an_instruction_tuned_model_knows(scratch: Pa
     options = ["--output", str(tmp_path), "--arms", *arms]
     (table,) = tables(printed("instruct.py", scratch, tmp_path, *options))
     assert [row[0] for row in table] == ["arm", "before", *arms]
-    before, plain, own, _ = ([float(cell) for cell in row[1:]] for row in table[1:])
-    loss, kept = table[0].index("new-task loss") - 1, table[0].index("forgetting/self") - 1
+    before, plain, own, _ = ([float(cell) for cell in row[2:]] for row in table[1:])
+    loss, kept = table[0].index("new-task loss") - 2, table[0].index("forgetting/self") - 2
     assert plain[loss] < own[loss] < before[loss]
     assert plain[kept] > FORGOTTEN_WITHOUT_REPLAY > 0.3 * FORGOTTEN_WITHOUT_REPLAY > own[kept] > before[kept] == 0
 
