@@ -176,7 +176,8 @@ def test_all_parts_of_what_replay_costs_are_measured(
 ) -> None:
     # Set below what the processor has, it makes torch 2.13 fail in attention in 16 bits.
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    fits, sampling, draw, growth, shares = tables(printed("benchmarks/replay_cost.py", scratch, tmp_path))
+    parts = tables(printed("benchmarks/replay_cost.py", scratch, tmp_path))
+    fits, sampling, draw, growth, shares = parts
     figures = json.loads((tmp_path / "runs" / "replay_cost.json").read_text())
     assert all(0 < value < inf for value in numbers(figures))
     assert fits[0] == ["fit", "ms a step", "÷ without replay"]
@@ -187,10 +188,12 @@ def test_all_parts_of_what_replay_costs_are_measured(
     assert [row[0] for row in sampling] == ["model", "TinyStories-656K", "Llama, 25M", "GPT-2, 25M"]
     assert list(figures["sampling"]) == [row[0] for row in sampling[1:]]
     assert [row[0] for row in draw] == ["capacity", "1,000", "10,000"]
-    assert {figures["draw"][capacity]["bytes"] for capacity in ("1000", "10000")} == {4 + 16 / 128}
+    assert {figures["draw"]["capacities"][capacity]["bytes"] for capacity in ("1000", "10000")} == {4 + 16 / 128}
     assert figures["draw"]["bytes_of_a_log_probability"] == 4 + 2 * 65 / 64
     assert [row[1:3] for row in growth[1:]] == [["16", "128"], ["64", "128"]]
     assert [row[0] for row in shares[1:]] == list(figures["growth"]["fraction"]) == ["0", "0.2", "0.5"]
+    again = printed("benchmarks/replay_cost.py", scratch, tmp_path, "--table", str(tmp_path / "runs/replay_cost.json"))
+    assert tables(again) == parts
 
 
 def test_the_speed_of_generating_is_measured_without_and_with_log_probabilities(scratch: Path, tmp_path: Path) -> None:

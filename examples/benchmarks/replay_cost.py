@@ -7,7 +7,8 @@ neighbours. Models have random weights, which cost what trained ones do, so noth
     python examples/benchmarks/replay_cost.py --only fit      # one of fit, sampling, draw, growth
     python examples/benchmarks/replay_cost.py --quick         # every part once, in small: to see that it runs
 
-Prints a table in Markdown for each part and writes all figures to ``<output>/replay_cost.json``.
+Prints a table in Markdown for each part and writes all figures to ``<output>/replay_cost.json``, which ``--table FILE``
+prints again.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from lightning_replay import (
 )
 from lightning_replay.data.share import REPLAY_FRACTION
 from lightning_replay.models.language_model import evaluating, find_language_model
+from lightning_replay.utilities.tables import markdown
 
 LENGTH = 128
 NEW_ROWS = 16
@@ -100,10 +102,6 @@ class Ratio:
     ratio: float
     least: float
     most: float
-
-    def __str__(self) -> str:
-        """The ratio with its extremes."""
-        return f"{self.ratio:.2f} ({self.least:.2f} to {self.most:.2f})"
 
 
 def in_turn(arms: Mapping[str, Callable[[], Any]], base: str, repeats: int) -> dict[str, Ratio]:
@@ -176,22 +174,16 @@ def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
         "the paper's setting, next-token loss": arm(0.2, loss="ntp"),
         "16 new + 16 fresh rows": arm(0.5),
     }
-    found = in_turn(arms, "no replay", repeats)
-    short, steps = steps, 4 if options.quick else 200  # which the arms read when they run
+    found = {name: vars(ratio) | {"steps": steps} for name, ratio in in_turn(arms, "no replay", repeats).items()}
+    steps = 4 if options.quick else 200  # which the arms read when they run
     longer = {"no replay, 200 steps": arms["no replay"], "the default, 200 steps": arm(None)}
-    found |= in_turn(longer, "no replay, 200 steps", repeats)
-    print(f"\nA fit of {short} steps, TinyStories-656K, {NEW_ROWS} new rows of {LENGTH} tokens, sampling included\n")
-    print("| fit | ms a step | ÷ without replay |\n|---|---|---|")
-    for name, ratio in found.items():
-        print(f"| {name} | {ratio.ours / (steps if name in longer else short) * 1000:.0f} | {ratio} |")
-    return {name: vars(ratio) for name, ratio in found.items()}
+    in_200_steps = in_turn(longer, "no replay, 200 steps", repeats)
+    return found | {name: vars(ratio) | {"steps": steps} for name, ratio in in_200_steps.items()}
 
 
 def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of ours over those of `model.generate`."""
     found: dict[str, Any] = {}
-    print("\nSampling against `model.generate`, temperature 1, nothing truncated, tokens a second\n")
-    print("| model | rows × tokens | ours | `generate` | ours ÷ `generate` |\n|---|---|---|---|---|")
     for name, make in MODELS.items():
         if options.quick and "125M" in name:
             continue
@@ -206,8 +198,6 @@ def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
             repeats = 0 if options.quick else options.repeats if "125M" not in name else 3
             ratio = in_turn({"ours": ours, "generate": theirs}, "ours", repeats)["generate"]
         found[name] = vars(ratio) | {"rows": rows, "length": length}
-        tokens = rows * (length - 1)
-        print(f"| {name} | {rows} × {length} | {tokens / ratio.base:,.0f} | {tokens / ratio.ours:,.0f} | {ratio} |")
     return found
 
 
@@ -233,9 +223,7 @@ def measure_draw(options: argparse.Namespace) -> dict[str, Any]:
     model, repeats = tinystories(), 20 if options.quick else 400
     steps = 2 if options.quick else 32
     step = in_turn({"fit": lambda: fit(model, steps, None, 0.0)}, "fit", 0 if options.quick else 3)["fit"].ours / steps
-    found: dict[str, Any] = {"step_seconds": step}
-    print("\nDrawing 4 rows and joining them to 16, as a share of a plain step\n")
-    print("| capacity | µs | share of a step | buffer, bytes a token |\n|---|---|---|---|")
+    found: dict[str, Any] = {}
     for capacity in (10**3, 10**4) if options.quick else (10**3, 10**4, 10**5, 10**6):
         buffer = ReplayBuffer(capacity, LENGTH)
         buffer.add(torch.randint(3, 2048, (capacity, LENGTH)))
@@ -249,11 +237,9 @@ def measure_draw(options: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
         a_token = buffer.nbytes / (capacity * LENGTH)
         found[str(capacity)] = {"seconds": median(seconds), "share": median(seconds) / step, "bytes": a_token}
-        print(f"| {capacity:,} | {median(seconds) * 1e6:.0f} | {median(seconds) / step:.2%} | {a_token:.2f} |")
     cached = ReplayBuffer(100, LENGTH, top_k=64)
     a_log_prob = (cached.nbytes - ReplayBuffer(100, LENGTH).nbytes) / (100 * (LENGTH - 1) * 64)
-    print(f"\nA cached log-probability takes {a_log_prob:.2f} bytes, the tail's included (k = 64).")
-    return found | {"bytes_of_a_log_probability": a_log_prob}
+    return {"step_seconds": step, "capacities": found, "bytes_of_a_log_probability": a_log_prob}
 
 
 def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
@@ -262,7 +248,6 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
     cases = [("TinyStories-656K", rows, LENGTH) for rows in (16, 64, 256, 1024)]
     cases += [("TinyStories-656K", 64, length) for length in (64, 256, 512)]
     cases += [(name, 16, LENGTH) for name in ("Llama, 25M", "Llama, 125M")]
-    print("\nSampling time\n\n| model | rows | tokens a row | seconds | tokens a second |\n|---|---|---|---|---|")
     for name, rows, length in cases[:2] if options.quick else cases:
         torch.manual_seed(0)
         module = MODELS[name]().eval()
@@ -273,9 +258,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
                 started = time.perf_counter()
                 sample_rows(model, [[1]] * rows, length, torch.Generator().manual_seed(0), batch_size=256)
                 seconds.append(time.perf_counter() - started)
-        taken = median(seconds)
-        found["sampling"].append({"model": name, "rows": rows, "length": length, "seconds": taken})
-        print(f"| {name} | {rows} | {length} | {taken:.2f} | {rows * (length - 1) / taken:,.0f} |")
+        found["sampling"].append({"model": name, "rows": rows, "length": length, "seconds": median(seconds)})
     steps, repeats = (2, 0) if options.quick else (48, 3)
     model_656k = tinystories()
     arms: dict[str, Callable[[], Any]] = {"0": lambda: fit(model_656k, steps, None, 0.0)}
@@ -283,13 +266,58 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
         arms[str(fraction)] = lambda share=fraction: fit(  # type: ignore[misc]
             model_656k, steps, SelfGeneratedReplay(uses_per_sample=1), share
         )
-    print("\nStep cost over the share of replay rows\n\n| `replay_fraction` | ms a step | ÷ none |\n|---|---|---|")
-    for name, ratio in in_turn(arms, "0", repeats).items():
-        found["fraction"][name] = vars(ratio)
-        print(f"| {name} | {ratio.ours / steps * 1000:.0f} | {ratio} |")
+    found["fraction"] = {name: vars(ratio) | {"steps": steps} for name, ratio in in_turn(arms, "0", repeats).items()}
     return found
 
 
+def fit_lines(figures: Mapping[str, Any], name: str) -> str:
+    """Milliseconds a step and ratios, a line for each fit."""
+    lines = [[arm, f"{one['ours'] / one['steps'] * 1000:.0f}", ratio_of(one)] for arm, one in figures.items()]
+    return markdown([name, "ms a step", "÷ without replay"], lines)
+
+
+def sampling_lines(figures: Mapping[str, Any]) -> str:
+    """Tokens a second of ours and of `generate`, and how many more are ours."""
+    lines = []
+    for name, one in figures.items():
+        tokens = one["rows"] * (one["length"] - 1)
+        speeds = [f"{tokens / one[each]:,.0f}" for each in ("base", "ours")]
+        lines.append([name, f"{one['rows']} × {one['length']}", *speeds, ratio_of(one)])
+    return markdown(["model", "rows × tokens", "ours", "`generate`", "ours ÷ `generate`"], lines)
+
+
+def draw_lines(figures: Mapping[str, Any]) -> str:
+    """What it takes to draw rows, and bytes of a cached log-probability."""
+    lines = [
+        [f"{int(capacity):,}", f"{one['seconds'] * 1e6:.0f}", f"{one['share']:.2%}", f"{one['bytes']:.2f}"]
+        for capacity, one in figures["capacities"].items()
+    ]
+    bytes_each = figures["bytes_of_a_log_probability"]
+    table = markdown(["capacity", "µs", "share of a step", "buffer, bytes a token"], lines)
+    return f"{table}\n\nA cached log-probability takes {bytes_each:.2f} bytes, the tail's included (k = 64)."
+
+
+def growth_lines(figures: Mapping[str, Any]) -> str:
+    """How sampling and steps grow."""
+    lines = []
+    for one in figures["sampling"]:
+        speed = one["rows"] * (one["length"] - 1) / one["seconds"]
+        lines.append([one["model"], f"{one['rows']:,}", str(one["length"]), f"{one['seconds']:.2f}", f"{speed:,.0f}"])
+    sampling = markdown(["model", "rows", "tokens a row", "seconds", "tokens a second"], lines)
+    return f"{sampling}\n\n{fit_lines(figures['fraction'], '`replay_fraction`')}"
+
+
+def ratio_of(figures: Mapping[str, Any]) -> str:
+    """A ratio with its extremes."""
+    return f"{figures['ratio']:.2f} ({figures['least']:.2f} to {figures['most']:.2f})"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "fit": lambda figures: fit_lines(figures, "fit"),
+    "sampling": sampling_lines,
+    "draw": draw_lines,
+    "growth": growth_lines,
+}
 PARTS = {
     "fit": measure_fit,
     "sampling": measure_sampling,
@@ -306,11 +334,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: print the tables of this file")
     options = parser.parse_args()
+    if options.table is not None:
+        figures = json.loads(options.table.read_text())
+        print("\n\n".join(TABLES[part](figures[part]) for part in TABLES))
+        return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {
+    figures = {
         "machine": f"{platform.machine()}, {options.threads} threads",
         "torch": torch.__version__,
         "repeats": options.repeats,
@@ -318,6 +351,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for part in options.only:
         figures[part] = PARTS[part](options)
+        print(f"\n{TABLES[part](figures[part])}")
         (options.output / "replay_cost.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -145,7 +145,7 @@ class RowGenerator:
         """Tokens sampled in one piece, for rows of ``length`` tokens."""
         if self.sampling.length is not None:
             return self.sampling.length
-        if self.sampling.prompts is not None:
+        if self.sampling.has_prompts:
             return length
         fits = _failure(model, 2 * length - 1) is None if model.context is None else 2 * length <= model.context
         return 2 * length if fits else length

@@ -26,8 +26,8 @@ class Sampling:
             row. No replay loss is taken on prompts and templates.
         length: Tokens sampled in one piece, a multiple of the row's length. Longer pieces are cut into rows, so that
             some rows begin in mid-text, as rows of packed text do; without them, what the model knows of such rows is
-            not protected. By default two rows if the model's context allows it and there are no prompts. With the row's
-            own length, every row begins with its prompt, as in the paper.
+            not protected. By default two rows if the model's context allows it and there are no prompts but a start
+            token, given or not. With the row's own length, every row begins with its prompt, as in the paper.
         temperature: Divides the logits; 1 leaves the distribution as it is.
         top_k: Sample from the likeliest ``top_k`` tokens only.
         top_p: Sample from the likeliest tokens that together reach this probability.
@@ -88,6 +88,13 @@ class Sampling:
     def is_chat(self) -> bool:
         """Whether samples are conversations."""
         return isinstance(self.prompts, str)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether samples begin with more than a start token; one prompt of one token is a start token."""
+        if self.prompts is None:
+            return False
+        return len(self.prompts) > 1 or isinstance(self.prompts[0], str) or len(self.prompts[0]) > 1
 
     @property
     def stops_at_eos(self) -> bool:

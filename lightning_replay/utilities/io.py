@@ -46,7 +46,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(folder.stat().st_mode & 0o666)  # some libraries make files that only their owner can read
+        with suppress(PermissionError):  # of a file system without permissions
+            temporary.chmod(folder.stat().st_mode & 0o666)  # some libraries' files are for their owner alone
         os.replace(temporary, path)
     finally:
         shutil.rmtree(folder)

@@ -200,7 +200,8 @@ def test_longer_samples_are_cut_into_rows(tiny_llama: Make) -> None:
     for sampling, starts in (
         (Sampling(), 0.5),
         (Sampling(length=12), 1.0),
-        (Sampling(prompts=[[1]]), 1.0),
+        (Sampling(prompts=[[1]]), 0.5),
+        (Sampling(prompts=[[1, 3]]), 1.0),
     ):
         drawn = DrawnRows()
         replay = SelfGeneratedReplay("ntp", refill_rows=32, sampling=sampling)
