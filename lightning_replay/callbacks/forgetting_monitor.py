@@ -224,7 +224,7 @@ class ForgettingMonitor(Monitor):
         self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
             for name, loader in self._loaders.items():
-                if next(iter(loader), None) is None:
+                if next(first_batches(loader, 1), None) is None:
                     raise MisconfigurationException(
                         f"The prior set {name!r} gave its batches once and no more, but it is measured again and "
                         "again. Pass a loader that can be read more than once."

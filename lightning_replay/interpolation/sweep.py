@@ -362,7 +362,7 @@ class _Sweep:
         generator.bind(self.model, self.tokenizer)
         length = self.own.length
         if length is None:
-            first = next(iter(self.loaders[_NEW]), None)
+            first = next(first_batches(self.loaders[_NEW], 1), None)
             if first is None:
                 raise MisconfigurationException("`new` gave no batch, so nothing can be measured on it.")
             length = row_length(first)
