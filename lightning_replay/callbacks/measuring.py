@@ -1,9 +1,8 @@
 """Measuring a model on a set of batches, without logits of a whole batch if that is possible."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from lightning_replay.models.language_model import LanguageModel, evaluating
 from lightning_replay.references.hidden import reference_hidden
 from lightning_replay.references.models import ReferenceModel
 
-__all__ = ["Measured", "first_batches", "measure_set", "update_metrics"]
+__all__ = ["Measured", "measure_set", "update_metrics"]
 
 
 class Measured(NamedTuple):
@@ -37,24 +36,6 @@ class Measured(NamedTuple):
     accuracy: float
     kl: float | None
     kl_error: float | None
-
-
-def first_batches(loader: Iterable[Any], most: int | None) -> Iterator[Any]:
-    """The first batches of a set, by default all: the same ones each time and in every process, if it is shuffled.
-
-    It sets the global random state, which the caller isolates. A generator of the loader's own is left as it was: it
-    may be that of the training loader, too.
-    """
-    torch.manual_seed(0)
-    generators = _generators(loader)
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(0)
-    try:
-        yield from islice(loader, most)
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def measure_set(
@@ -160,14 +141,6 @@ def update_metrics(
     if reference is not None:
         with reference.active() as asked:
             drift.update(logits, call(asked), targets)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader and its samplers were given, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _logits(model: LanguageModel, inputs: ModelInputs, device: torch.device) -> Tensor:
