@@ -66,10 +66,10 @@ _COUNT_ADVICE = " Put the tokens into a tensor with one row for each row of the 
 def first_batches(loader: Batches, most: int | None) -> Iterator[Any]:
     """The first batches of a loader, by default all: the same ones each time and in every process, if it shuffles.
 
-    It sets the global random state, which the caller isolates. A generator of the loader's own is left as it was: it
-    may be that of the training loader, too.
+    It sets the global random state of the CPU, which the caller isolates. A generator of the loader's own is left as it
+    was: it may be that of the training loader, too.
     """
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # not that of every device: some are not restored by `isolate_rng`
     generators = _generators(loader)
     states = [generator.get_state() for generator in generators]
     for generator in generators:
