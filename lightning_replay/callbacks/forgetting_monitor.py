@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_replay.callbacks.measuring import first_batches, measure_set
+from lightning_replay.callbacks.measuring import measure_set
 from lightning_replay.callbacks.monitor import Monitor
 from lightning_replay.callbacks.own_samples import own_samples_of
 from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
 from lightning_replay.callbacks.self_generated_replay import SelfGeneratedReplay
-from lightning_replay.data.batches import Batches
+from lightning_replay.data.batches import Batches, first_batches
 from lightning_replay.data.prior import loader_of
 from lightning_replay.models.head import OutputHeads
 from lightning_replay.models.language_model import find_language_model
@@ -224,7 +224,7 @@ class ForgettingMonitor(Monitor):
         self._measure(trainer, pl_module, next_step(trainer))
         with isolate_rng():
             for name, loader in self._loaders.items():
-                if next(iter(loader), None) is None:
+                if next(first_batches(loader, 1), None) is None:
                     raise MisconfigurationException(
                         f"The prior set {name!r} gave its batches once and no more, but it is measured again and "
                         "again. Pass a loader that can be read more than once."

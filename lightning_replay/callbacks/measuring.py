@@ -1,9 +1,8 @@
 """Measuring a model on a set of batches, without logits of a whole batch if that is possible."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from lightning_replay.models.language_model import LanguageModel, evaluating
 from lightning_replay.references.hidden import reference_hidden
 from lightning_replay.references.models import ReferenceModel
 
-__all__ = ["Measured", "first_batches", "measure_set", "update_metrics"]
+__all__ = ["Measured", "measure_set", "update_metrics"]
 
 
 class Measured(NamedTuple):
@@ -37,15 +36,6 @@ class Measured(NamedTuple):
     accuracy: float
     kl: float | None
     kl_error: float | None
-
-
-def first_batches(loader: Iterable[Any], most: int | None) -> Iterator[Any]:
-    """The first batches of a set, by default all: the same ones each time and in every process, if it is shuffled.
-
-    It sets the global random state, which the caller isolates.
-    """
-    torch.manual_seed(0)
-    yield from islice(loader, most)
 
 
 def measure_set(

@@ -93,7 +93,8 @@ class SelfGeneratedReplay(Callback):
         coefficient: What the replay loss is multiplied by: a number, or a function of the optimizer step. High values
             protect more and slow the new task down. If batches are so small that some go without a replay row, the rows
             that join a later one are weighed for these too, so a coefficient means the same for batches of any size.
-            Or ``ForgettingBudget(0.05)``: how much may be forgotten.
+            The steps then differ in size, as with ``every_n_steps``: clipping gradients can undo this, unless batches
+            are accumulated. Or ``ForgettingBudget(0.05)``: how much may be forgotten.
         reference: Which model is π. ``"auto"``: a fresh PEFT adapter switched off, which is exact and free; else
             ``"copy"``. ``"copy"``: a frozen copy of the weights at fit start, ``Copy(...)``: exact, for the memory of a
             second model. ``"adapter"``: the adapter switched off, or an error. ``"cached"``: log-probabilities kept

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "PaddingSide",
     "crop_batch",
     "find_ignore_index",
+    "first_batches",
     "inputs_and_targets",
     "join_rows",
     "nested_row_count",
@@ -59,6 +61,24 @@ class Batches(Protocol):
 _ADVICE = " For another kind of batch, pass `to_batch` to `ReplayDataModule`."
 _LENGTH_ADVICE = " Set `sequence_length`, the tokens in a replay row."
 _COUNT_ADVICE = " Put the tokens into a tensor with one row for each row of the batch."
+
+
+def first_batches(loader: Batches, most: int | None) -> Iterator[Any]:
+    """The first batches of a loader, by default all: the same ones each time and in every process, if it shuffles.
+
+    It sets the global random state of the CPU, which the caller isolates. A generator of the loader's own is left as it
+    was: it may be that of the training loader, too.
+    """
+    torch.default_generator.manual_seed(0)  # not that of every device: some are not restored by `isolate_rng`
+    generators = _generators(loader)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
+        yield from islice(loader, most)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def row_count(batch: Any) -> int:
@@ -285,6 +305,14 @@ def _stack(new: Tensor, ours: Tensor, side: PaddingSide, padding: int) -> Tensor
         return F.pad(values, (missing, 0) if side == "left" else (0, missing), value=padding)
 
     return torch.cat([widen(new), widen(ours.to(new.device, new.dtype))])
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers were given, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _batches_in(value: Any) -> list[Any]:

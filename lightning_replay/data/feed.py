@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_replay.buffers.rows import ReplayRows
 from lightning_replay.data.batches import rows_in, token_count
@@ -50,6 +51,7 @@ class RowFeed:
         self.replay_tokens = 0
         self.processes = Processes()
         self._trainer: pl.Trainer | None = None
+        self._warned = False
 
     def attach(self, source: RowSource, joins_batch: bool = False) -> Callable[[], None]:
         """Draw rows from a source.
@@ -81,7 +83,7 @@ class RowFeed:
                 "it as `training_step(batch, batch_idx)`."
             )
         self.new_tokens = self.replay_tokens = 0
-        self._trainer = trainer
+        self._trainer, self._warned = trainer, False
         self.share.drop_held()  # of a fit before, which ended between two times
         if self.share.fraction:
             self.processes = Processes.of(trainer)
@@ -114,6 +116,7 @@ class RowFeed:
         )
         if takers:
             self.weight *= batches
+            self._warn_of_clipping(batches)
             drawn = self.source.draw(len(takers), batch)
             self.replay_tokens += int(drawn.lengths.sum())
             self.drawn = self._own(drawn, takers)
@@ -135,6 +138,20 @@ class RowFeed:
         )
         left = accumulated - done % accumulated
         return int(min(left, max(1, trainer.num_training_batches - done)))  # an epoch's last step may have fewer
+
+    def _warn_of_clipping(self, batches: int) -> None:
+        """Warn once if the gradient of rows that stand for the batches of several steps is clipped as that of one."""
+        trainer = self._trainer
+        if trainer is None or not trainer.gradient_clip_val or self.joins_batch or self._warned:
+            return
+        if batches >= 2 * trainer.accumulate_grad_batches:
+            self._warned = True
+            rank_zero_warn(
+                f"`gradient_clip_val={trainer.gradient_clip_val}` can clip most of the replay loss away: the replay "
+                f"rows of this batch stand for {batches} batches, so their gradient is {batches} times as large, and "
+                "each step is clipped by itself. Use larger batches, more of them in a step "
+                "(`accumulate_grad_batches`), a higher `replay_fraction`, a lower `every_n_steps`, or no clipping."
+            )
 
     def _own(self, rows: ReplayRows, takers: list[int]) -> ReplayRows | None:
         """Those of the rows drawn for all ranks that are this one's, if any."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_replay.buffers.buffer import ReplayBuffer
 from lightning_replay.buffers.rows import ReplayRows
-from lightning_replay.data.batches import Batches, rows_of
+from lightning_replay.data.batches import Batches, first_batches, rows_of
 from lightning_replay.utilities.validation import check_package
 
 __all__ = ["Prior", "check_prior", "loader_of", "read_prior"]
@@ -76,7 +76,7 @@ def loader_of(data: pl.LightningDataModule, part: Part, trainer: pl.Trainer | No
 
 
 def read_prior(prior: Prior, trainer: pl.Trainer | None, vocabulary: int | None = None) -> ReplayBuffer:
-    """Real prior rows in a buffer of their own.
+    """Real prior rows in a buffer of their own, in the same order each time.
 
     Args:
         prior: The rows; of a datamodule, the batches of its ``train_dataloader``.
@@ -94,7 +94,8 @@ def read_prior(prior: Prior, trainer: pl.Trainer | None, vocabulary: int | None 
         return prior
     batches = [prior] if isinstance(prior, Tensor) else prior
     parts = []
-    for number, batch in enumerate(batches):
+    # In the same order when a run is resumed, of whose rows the checkpoint has the numbers alone.
+    for number, batch in enumerate(first_batches(batches, None)):
         try:
             parts.append(rows_of(batch, vocabulary))
         except (TypeError, ValueError) as error:

@@ -102,8 +102,8 @@ class ReplayShare:
         return rows * (self.fraction / (1 - self.fraction) if self.mode == "append" else self.fraction)
 
     def drop_held(self) -> None:
-        """Forget rows that are owed and have not joined a batch."""
-        self._held = []
+        """Forget rows that are owed and have not joined a batch, and the batches that no row has been the share of."""
+        self._without, self._held = 0, []
 
     def state_dict(self) -> dict[str, Any]:
         """Rows seen and owed so far, batches since one owed a row, and what is owed and has not joined yet."""

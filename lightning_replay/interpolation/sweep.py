@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_replay.callbacks.measuring import first_batches, measure_set
+from lightning_replay.callbacks.measuring import measure_set
 from lightning_replay.callbacks.own_samples import OwnSamples, own_samples_of
 from lightning_replay.callbacks.prior_sets import PriorSet, check_max_batches, check_set, named_sets
-from lightning_replay.data.batches import Batches, row_length
+from lightning_replay.data.batches import Batches, first_batches, row_length
 from lightning_replay.data.prior import loader_of
 from lightning_replay.interpolation.ends import ends
 from lightning_replay.interpolation.weights import set_weights
@@ -362,7 +362,7 @@ class _Sweep:
         generator.bind(self.model, self.tokenizer)
         length = self.own.length
         if length is None:
-            first = next(iter(self.loaders[_NEW]), None)
+            first = next(first_batches(self.loaders[_NEW], 1), None)
             if first is None:
                 raise MisconfigurationException("`new` gave no batch, so nothing can be measured on it.")
             length = row_length(first)

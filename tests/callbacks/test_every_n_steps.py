@@ -119,6 +119,31 @@ def test_accumulated_batches_weigh_replay_as_one_batch_of_their_rows_does(tiny_l
     torch.testing.assert_close(small.gradients, large.gradients, atol=2e-5, rtol=1e-4)
 
 
+# A row is owed for four new ones.
+@pytest.mark.parametrize(
+    ("every", "size", "accumulated", "stands_for"), [(1, 1, 1, 4), (2, 8, 1, 2), (1, 4, 1, None), (1, 1, 8, None)]
+)
+def test_clipping_a_gradient_that_stands_for_several_steps_is_warned_of(
+    tiny_llama: Make,
+    recwarn: pytest.WarningsRecorder,
+    every: int,
+    size: int,
+    accumulated: int,
+    stands_for: int | None,
+) -> None:
+    for clipped in (None, 1.0):
+        run(
+            tiny_llama(),
+            every,
+            loader=mapping_loader(48, batch_size=size),
+            accumulate_grad_batches=accumulated,
+            gradient_clip_val=clipped,
+        )
+    warned = [str(warning.message) for warning in recwarn if "clip most of the replay loss" in str(warning.message)]
+    assert len(warned) == (0 if stands_for is None else 1)
+    assert all(f"stand for {stands_for} batches" in message for message in warned)
+
+
 def test_a_run_samples_what_its_whole_cycles_use(tiny_llama: Make) -> None:
     for steps, rows in ((8, 12), (9, 18)):
         watch, trainer = run(tiny_llama(), 3, max_steps=steps, max_epochs=-1, replay={"refill_rows": "auto"})

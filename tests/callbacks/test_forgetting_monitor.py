@@ -13,12 +13,14 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import LlamaForCausalLM
 
 from lightning_replay import ForgettingMonitor, ReplayDataModule, SelfGeneratedReplay, forward_kl
 from tests.helpers.modules import (
     HandWritten,
     PairModule,
+    Rows,
     TokensModule,
     UserModule,
     mapping_loader,
@@ -79,8 +81,22 @@ def test_each_value_stands_on_its_step_in_every_logger(tiny_llama: Make, tmp_pat
     assert float(trainer.callback_metrics["forgetting/rows"]) == pytest.approx(float(rows[10]))
 
 
-def test_a_loader_that_shuffles_gives_the_same_batches_each_time(tiny_llama: Make) -> None:
-    shuffled = mapping_loader(64, batch_size=2, shuffle=True)
+def by_own_generator() -> Any:
+    return mapping_loader(64, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+def by_batch_sampler() -> Any:
+    sampler: Any = RandomSampler(range(64), generator=torch.Generator().manual_seed(3))
+    return DataLoader(Rows(64), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: mapping_loader(64, batch_size=2, shuffle=True), by_own_generator, by_batch_sampler],
+    ids=["global state", "own generator", "batch sampler"],
+)
+def test_a_loader_that_shuffles_gives_the_same_batches_each_time(tiny_llama: Make, make: Callable[[], Any]) -> None:
+    shuffled = make()
     monitor = ForgettingMonitor({"one": shuffled, "other": shuffled}, every_n_steps=1, max_batches=2, kl=False)
     values: list[tuple[float, float]] = []
 
@@ -93,6 +109,19 @@ def test_a_loader_that_shuffles_gives_the_same_batches_each_time(tiny_llama: Mak
     trainer = quiet_trainer(callbacks=[monitor, Watch()])
     trainer.fit(UserModule(tiny_llama(), 0.0), mapping_loader(16, shuffle=True))
     assert values == [(0.0, 0.0)] * 6
+
+
+def test_training_rows_whose_generator_a_set_shares_come_in_the_order_that_they_have_without(tiny_llama: Make) -> None:
+    orders = []
+    for monitored in (False, True):
+        shared = torch.Generator().manual_seed(3)
+        training = mapping_loader(16, shuffle=True, generator=shared)
+        held_out = mapping_loader(64, batch_size=2, shuffle=True, generator=shared)
+        monitor = ForgettingMonitor({"rows": held_out}, every_n_steps=1, max_batches=2, kl=False)
+        module = UserModule(tiny_llama())
+        quiet_trainer(callbacks=[monitor] if monitored else []).fit(module, training)
+        orders.append([batch["input_ids"].tolist() for batch in module.batches])
+    assert orders[0] == orders[1]
 
 
 def test_checkpoints_and_early_stopping_can_watch_it(tiny_llama: Make, tmp_path: Path) -> None:

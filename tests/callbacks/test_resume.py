@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from lightning_replay import EMA, Copy, ForgettingMonitor, ReplayDataModule, Sampling, SelfGeneratedReplay
 from lightning_replay.models.language_model import find_language_model
 from tests.helpers.compared import assert_all_is_logged, assert_equal_to_the_last_bit, job, logged
-from tests.helpers.modules import UserModule, mapping_loader, quiet_trainer
+from tests.helpers.modules import DrawnRows, UserModule, mapping_loader, quiet_trainer
 from tests.helpers.resume_run import STEPS, last_checkpoint, run
 
 Make = Callable[..., LlamaForCausalLM]
@@ -119,6 +119,23 @@ def weights(module: nn.Module) -> Tensor:
 def replay_of(where: Any = "inside", **options: Any) -> SelfGeneratedReplay:
     defaults: dict[str, Any] = {"refill_rows": 8, "seed": 3, "reference": Copy(save=where)}
     return SelfGeneratedReplay(**defaults | options)
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_the_real_rows_of_a_loader_that_shuffles_go_on_in_their_order(
+    tiny_llama: Make, tmp_path: Path, generator: bool
+) -> None:
+    drawn: list[list[Any]] = []
+    for seed, checkpoint in ((1, None), (2, tmp_path / "saved.ckpt")):
+        of_loader = torch.Generator().manual_seed(seed) if generator else None
+        prior = mapping_loader(24, shuffle=True, generator=of_loader)
+        torch.manual_seed(seed)
+        rows, saves = DrawnRows(), SavesAt(2, *([tmp_path / "saved.ckpt"] if checkpoint is None else []))
+        options = {"data": {"prior": prior, "prior_share": 1.0}}
+        fit(tiny_llama(), SelfGeneratedReplay("ntp", seed=3), checkpoint, rows, saves, **options)
+        drawn.append([each.tolist() for each in rows.rows])
+    assert drawn[1] == drawn[0][2:]
+    assert drawn[0][0] != drawn[0][2]
 
 
 @pytest.mark.parametrize("where", ["inside", "beside"])

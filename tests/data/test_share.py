@@ -53,6 +53,16 @@ def test_new_rows_give_way_for_the_batches_before_too() -> None:
     assert [share.deal([2]).batches for _ in range(4)] == [0, 2, 0, 2]
 
 
+@pytest.mark.parametrize(("before", "carriers", "first"), [(17, 1, 1), (12, 1, 6), (12, 0, 6)])
+def test_a_row_does_not_stand_for_batches_of_a_fit_before(before: int, carriers: int, first: int) -> None:
+    share = ReplayShare(0.1)  # a row for nine new ones
+    for _ in range(before):
+        share.deal([1], carriers)
+    share.drop_held()
+    dealt = [share.deal([1]).batches for _ in range(20)]
+    assert [batches for batches in dealt if batches][:2] == [first, 9]
+
+
 def test_a_share_goes_on_from_its_state() -> None:
     share, other = ReplayShare(0.3), ReplayShare(0.3)
     for size in (3, 5, 8):
