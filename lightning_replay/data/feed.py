@@ -147,9 +147,9 @@ class RowFeed:
         if batches >= 2 * trainer.accumulate_grad_batches:
             self._warned = True
             rank_zero_warn(
-                f"`gradient_clip_val={trainer.gradient_clip_val}` can clip most of the replay loss away: the replay "
-                f"rows of this batch stand for {batches} batches, so their gradient is {batches} times as large, and "
-                "each step is clipped by itself. Use larger batches, more of them in a step "
+                f"`gradient_clip_val={trainer.gradient_clip_val}` can weaken replay: the replay rows of "
+                f"this batch stand for {batches} batches, so their gradient is {batches} times as large, and each "
+                "step is clipped by itself. Use larger batches, more of them in a step "
                 "(`accumulate_grad_batches`), a higher `replay_fraction`, a lower `every_n_steps`, or no clipping."
             )
 

@@ -232,7 +232,8 @@ class CausalLM(pl.LightningModule):
     def _log_mean(self, name: str, batch: Mapping[str, Tensor], prog_bar: bool = False) -> None:
         """Log the mean over all target tokens of an epoch, however they are spread over batches."""
         loss, targets = self._loss(batch), int((batch["labels"][:, 1:] != -100).sum())
-        self.log(name, loss, prog_bar=prog_bar, sync_dist=True, batch_size=targets)
+        # Without a target the mean is no number, and would be none of the epoch.
+        self.log(name, loss if targets else torch.zeros_like(loss), prog_bar, sync_dist=True, batch_size=targets)
 
     def _total_steps(self) -> int:
         # The Trainer's estimate builds the dataloaders to count them, which loses their state on resume

@@ -162,6 +162,7 @@ def test_the_validation_loss_is_that_of_all_target_tokens(tiny_llama: Make) -> N
     module = CausalLM(tiny_llama(initializer_range=1.0))
     batches = list(mapping_loader(16))
     batches[0]["labels"][:, :-1] = -100  # fewer targets than in the others
+    batches[1]["labels"][:, 1:] = -100  # none
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     losses, targets = 0.0, 0
     with torch.no_grad():
