@@ -75,7 +75,6 @@ class Arm:
     rate: float = 1.0
 
 
-FALLING = {"schedule": "cosine", "warmup_steps": 10}
 ARMS = {
     "plain": Arm(),
     "LoRA": Arm(
@@ -84,10 +83,6 @@ ARMS = {
     "own chats, KL × 1": Arm({"coefficient": 1.0}),
     "own chats, KL × 10": Arm({"coefficient": 10.0}),
     "own chats, budget of 0.05": Arm({"coefficient": ForgettingBudget(0.05)}),
-    "plain, falling rate": Arm(module=FALLING),
-    "own chats, KL × 1, falling rate": Arm({"coefficient": 1.0}, module=FALLING),
-    "own chats, KL × 10, falling rate": Arm({"coefficient": 10.0}, module=FALLING),
-    "own chats, budget of 0.05, falling rate": Arm({"coefficient": ForgettingBudget(0.05)}, module=FALLING),
     "own chats, next-token × 1": Arm({"loss": "ntp", "coefficient": 1.0}),
     "other text, KL × 10": Arm({"coefficient": 10.0}, from_other=True),
     "other text, next-token × 1": Arm({"loss": "ntp", "coefficient": 1.0}, from_other=True),
@@ -292,8 +287,7 @@ def finetune(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
         enable_progress_bar=options.workers == 1,
     )
     rate = options.learning_rate * arm.rate
-    module = CausalLM(options.model, rate, **{"schedule": "constant", **arm.module})
-    trainer.fit(module, datamodule=data)
+    trainer.fit(CausalLM(options.model, rate, schedule="constant", **arm.module), datamodule=data)
     after = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return {f"{key} before": value for key, value in before.figures.items()} | after
 

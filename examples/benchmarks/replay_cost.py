@@ -228,13 +228,15 @@ def measure_draw(options: argparse.Namespace) -> dict[str, Any]:
         buffer = ReplayBuffer(capacity, LENGTH)
         buffer.add(torch.randint(3, 2048, (capacity, LENGTH)))
         data = ReplayDataModule([], 0.2, buffer=buffer)
+        data.setup("fit")
         rows = torch.randint(3, 2048, (NEW_ROWS, LENGTH))
         batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
         seconds = []
         for _ in range(repeats):
             started = time.perf_counter()
-            data.mixed(batch)
+            joined = data.mixed(batch)
             seconds.append(time.perf_counter() - started)
+        assert len(joined["input_ids"]) == NEW_ROWS + 4
         a_token = buffer.nbytes / (capacity * LENGTH)
         found[str(capacity)] = {"seconds": median(seconds), "share": median(seconds) / step, "bytes": a_token}
     cached = ReplayBuffer(100, LENGTH, top_k=64)
