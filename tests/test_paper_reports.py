@@ -191,11 +191,15 @@ def test_a_curve_is_drawn_for_each_task_of_the_first_seed() -> None:
         assert curves(axis) == Counter(runs.values())
 
 
+COSTS = ["benchmarks/replay_cost.py", "--table", "benchmarks/replay_cost.json"]
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("instruct", ["instruct.py", "--csv", "instruct.csv"]),
+        ("instruct", ["instruct.py", "--csv", "instruct.csv", "instruct_spanish.csv"]),
         ("on a gpu", ["benchmarks/on_a_gpu.py", "--table", "benchmarks/on_a_gpu.json"]),
+        *((f"cost, {part}", [*COSTS, "--only", part]) for part in ("fit", "sampling", "draw", "growth")),
     ],
 )
 def test_the_table_of_a_script_is_that_of_its_file(name: str, command: list[str]) -> None:
