@@ -325,7 +325,8 @@ def main() -> None:
         with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
             rows = list(pool.map(done, *zip(*runs, strict=True))) if options.workers > 1 else list(starmap(done, runs))
         with (options.output / "instruct.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            names = list(dict.fromkeys(key for row in rows for key in row))
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     for file in options.csv or [options.output / "instruct.csv"]:

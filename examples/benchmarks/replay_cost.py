@@ -331,7 +331,7 @@ PARTS = {
 def main() -> None:
     """Measure what is asked for, print the tables and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts to measure, or to print")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the figures")
