@@ -151,6 +151,11 @@ def fit(
         trainer.fit(module, datamodule=ReplayDataModule(loader, fraction))
 
 
+def fits_in_turn(arms: Mapping[str, Callable[[], Any]], base: str, repeats: int, steps: int) -> dict[str, Any]:
+    """The figures of fits that were measured in turn, each of so many steps."""
+    return {name: vars(ratio) | {"steps": steps} for name, ratio in in_turn(arms, base, repeats).items()}
+
+
 def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
     """A fit with replay over the same fit without."""
     steps, repeats = (2, 0) if options.quick else (48, options.repeats)
@@ -174,11 +179,10 @@ def measure_fit(options: argparse.Namespace) -> dict[str, Any]:
         "the paper's setting, next-token loss": arm(0.2, loss="ntp"),
         "16 new + 16 fresh rows": arm(0.5),
     }
-    found = {name: vars(ratio) | {"steps": steps} for name, ratio in in_turn(arms, "no replay", repeats).items()}
+    found = fits_in_turn(arms, "no replay", repeats, steps)
     steps = 4 if options.quick else 200  # which the arms read when they run
     longer = {"no replay, 200 steps": arms["no replay"], "the default, 200 steps": arm(None)}
-    in_200_steps = in_turn(longer, "no replay, 200 steps", repeats)
-    return found | {name: vars(ratio) | {"steps": steps} for name, ratio in in_200_steps.items()}
+    return found | fits_in_turn(longer, "no replay, 200 steps", repeats, steps)
 
 
 def measure_sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -268,7 +272,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
         arms[str(fraction)] = lambda share=fraction: fit(  # type: ignore[misc]
             model_656k, steps, SelfGeneratedReplay(uses_per_sample=1), share
         )
-    found["fraction"] = {name: vars(ratio) | {"steps": steps} for name, ratio in in_turn(arms, "0", repeats).items()}
+    found["fraction"] = fits_in_turn(arms, "0", repeats, steps)
     return found
 
 
